@@ -1,0 +1,1 @@
+"""One file a flow, one flow a deployment, and the `roadfuse` command."""

@@ -1,0 +1,292 @@
+"""The `roadfuse` command. Plain commands never import Prefect."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from roadfuse_core.errors import ConfigError, RoadFuseError
+from roadfuse_core.settings import load_city
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(help="City road maps from aerial images and vehicle trajectories.", no_args_is_help=True,
+                  pretty_exceptions_enable=False, add_completion=False)  # fmt: skip
+console = Console(highlight=False, soft_wrap=True)
+CityFile = Annotated[Path, typer.Argument(metavar="CITY.yaml", help="The city file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the simulated city.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Another seed, another city; shipped weights know 1000 and above.")] = 7,
+    size_m: Annotated[float, typer.Option(help="Edge of the city, metres.")] = 2048.0,
+) -> None:
+    """Simulate a city and refresh it, end to end."""
+    _prepare_prefect()
+    from flows.demo import demo as flow
+
+    _show_refresh(flow(out.resolve(), seed, size_m))
+
+
+@app.command()
+def refresh(
+    city_file: CityFile,
+    baseline: Annotated[bool, typer.Option(help="Also score kernel density, tuned on the training tiles.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a city's map up to date: ingest, predict, score, export, report."""
+    load_city(city_file)
+    _prepare_prefect()
+    from flows.refresh import refresh as flow
+
+    result = flow(city_file.resolve(), baseline)
+    _print_json(result) if as_json else _show_refresh(result)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Folder for the city.")],
+    seed: Annotated[int, typer.Option(help="Another seed, another city.")] = 0,
+    knob: Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob, such as canopy=0.8.")] = None,
+    knobs: Annotated[bool, typer.Option("--knobs", help="List the knobs and stop.")] = False,
+) -> None:
+    """Write a simulated city with imagery, dumps, truth and a city file."""
+    from roadfuse_core.simulate import CityKnobs, simulate_city
+    from tasks.progress import ConsoleProgress
+
+    if knobs:
+        table = Table("knob", "default", "meaning", box=None)
+        for name, field in CityKnobs.model_fields.items():
+            default = "" if name == "dirt" else str(field.default)
+            table.add_row(name, default, field.description)
+        console.print(table)
+        return
+    chosen = _knobs(seed, knob or [])
+    with ConsoleProgress() as tell:
+        path = simulate_city(out, chosen, os.cpu_count() or 1, tell)
+    console.print(f"city file  {path}")
+
+
+def _knobs(seed: int, assignments: list[str]) -> Any:
+    from pydantic import ValidationError
+
+    from roadfuse_core.simulate import CityKnobs
+
+    values: dict[str, Any] = {"seed": seed}
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        if not sign or name not in CityKnobs.model_fields:
+            raise ConfigError("--set", text, "is not KNOB=VALUE with a known knob", "see roadfuse simulate x --knobs")
+        values[name] = yaml.safe_load(value)
+    try:
+        return CityKnobs.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError("--set " + ".".join(map(str, first["loc"])), first["input"], "is wrong", first["msg"]) from error
+
+
+@app.command()
+def check(city_file: CityFile) -> None:
+    """Validate a city file against its data; writes nothing."""
+    from roadfuse_core.check import check_city
+
+    for line in check_city(load_city(city_file)):
+        console.print(line)
+    console.print("[green]ready[/]: roadfuse refresh", str(city_file))
+
+
+@app.command()
+def ingest(
+    city_file: CityFile,
+    files: Annotated[list[str] | None, typer.Argument(help="Files or globs instead of points.sources.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring new dumps into the cube, wholly or not at all."""
+    from roadfuse_core.cluster import open_cluster
+    from roadfuse_core.cubes import ingest as ingest_dumps
+    from roadfuse_core.cubes import plan_ingest
+    from tasks.progress import ConsoleProgress
+
+    city = load_city(city_file)
+    plan = plan_ingest(city, files)
+    if dry_run or not plan.dump:
+        facts = {"dump": plan.dump or None, "new_files": len(plan.files), "known_files": len(plan.known), "rows": plan.rows,
+                 "slices": plan.slices}  # fmt: skip
+        _print_json(facts) if as_json else console.print(
+            f"{facts['new_files']} new files with about {plan.rows:,} rows, {facts['known_files']} already in the ledger"
+        )
+        return
+    with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
+        entry = ingest_dumps(city, files, client, tell)
+    _print_json(entry) if as_json else _show_ledger([entry] if entry else [])
+
+
+@app.command()
+def tune(
+    city_file: CityFile,
+    out: Annotated[Path, typer.Option(help="Where the model goes; use it as model.weights.")] = Path("kde.json"),
+) -> None:
+    """Tune kernel density (kernel and threshold) on a city's training tiles."""
+    from roadfuse_core.metrics import tune_kde
+    from tasks.progress import ConsoleProgress
+
+    with ConsoleProgress() as tell:
+        model = tune_kde(load_city(city_file), tell)
+    out.write_text(model.model_dump_json(indent=1) + "\n")
+    console.print(f"sigma {model.sigma_m} m, threshold {model.threshold_per_m2:.4g} points/m²: {model.tuned_on}")
+    console.print(f"model  {out}")
+
+
+@app.command()
+def evaluate(
+    city_file: CityFile,
+    group: Annotated[str, typer.Option(help="map or baseline")] = "map",
+    as_json: AsJson = False,
+) -> None:
+    """Score the published map against the labels."""
+    from roadfuse_core.metrics import score_city
+    from tasks.progress import ConsoleProgress
+
+    with ConsoleProgress() as tell:
+        scored = score_city(load_city(city_file), group, tell)
+    _print_json(scored) if as_json else _show_scores({group: scored})
+
+
+@app.command()
+def export(
+    city_file: CityFile,
+    layer: Annotated[str, typer.Argument(help="count, another array of the cube, probability or road.")],
+    out: Annotated[Path, typer.Option(help="The GeoTIFF to write.")],
+) -> None:
+    """Write a layer of the whole city as a cloud-optimised GeoTIFF."""
+    from roadfuse_core.cubes import CubeReader, cubes_path
+    from roadfuse_core.inference import MapReader
+    from roadfuse_core.mosaic import NODATA, write_cog
+
+    city = load_city(city_file)
+    if layer in ("probability", "road"):
+        reader = MapReader(city)
+        overview: Literal["average", "mode"] = "average" if layer == "probability" else "mode"
+        write_cog(out, city.make_grid(), lambda *w: reader.window(layer, *w), "uint8", NODATA, overview)
+    else:
+        cube = CubeReader(cubes_path(city))
+        if layer not in cube.arrays:
+            raise ConfigError("layer", layer, "is not in this city", f"use probability, road, {', '.join(cube.arrays)}")
+        write_cog(out, city.make_grid(), lambda *w: cube.window(layer, *w), "int64", None, "average")
+    console.print(f"{layer}  {out}")
+
+
+@app.command()
+def status(city_file: CityFile, as_json: AsJson = False) -> None:
+    """Dumps in the ledger, the published map, and the last scores."""
+    from roadfuse_core.cubes import ledger
+    from roadfuse_core.errors import StoreError
+    from roadfuse_core.inference import MapReader
+
+    city = load_city(city_file)
+    dumps = list(ledger(city).values())
+    try:
+        record: dict[str, Any] | None = MapReader(city).record
+    except StoreError:
+        record = None
+    if as_json:
+        _print_json({"dumps": dumps, "map": record})
+        return
+    _show_ledger(dumps)
+    console.print(f"map  {record['made']} by {record['model']}" if record else "no map yet: roadfuse refresh")
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """Networks by name, with their inputs and sizes."""
+    from roadfuse_core.models import PRESETS, build_network
+
+    rows: list[dict[str, Any]] = [
+        {"preset": name, "modalities": config.modalities, "fusion": config.fusion, "width": config.width,
+         "parameters": sum(p.numel() for p in build_network(config).parameters())}
+        for name, config in PRESETS.items()
+    ]  # fmt: skip
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("preset", "modalities", "fusion", "width", "parameters", box=None)
+    for r in rows:
+        inputs = " + ".join(f"{k} ({v})" for k, v in r["modalities"].items())
+        table.add_row(r["preset"], inputs, r["fusion"], f"{r['width']:g}", f"{r['parameters']:,}")
+    console.print(table)
+
+
+def _prepare_prefect() -> None:
+    """Defaults for Prefect where the user set none: a patient start of its own server, no telemetry, a quiet log."""
+    for name, value in {
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_LEVEL": "INFO" if os.environ.get("PREFECT_API_URL") else "WARNING",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "roadfuse_core",
+    }.items():
+        os.environ.setdefault(name, value)
+    Console(stderr=True).print(
+        f"[dim]running on the Prefect server at {os.environ['PREFECT_API_URL']}[/]" if os.environ.get("PREFECT_API_URL")
+        else "[dim]starting Prefect's own server, about 15 seconds; nothing stays behind[/]"
+    )  # fmt: skip
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, default=str, indent=1) + "\n")
+
+
+def _show_refresh(result: dict[str, Any]) -> None:
+    _show_scores(result["scores"])
+    for name, path in result["files"].items():
+        console.print(f"{name:<12} {path}")
+
+
+def _show_scores(scored: dict[str, Any]) -> None:
+    if not scored:
+        console.print("no labels, no scores")
+        return
+    figures = ("g_iou", "a_iou", "a_iou_batch8", "precision", "recall", "f1")
+    table = Table("map", "on", "tiles", *figures, box=None)
+    names = {"map": "this map", "baseline": "kernel density"}
+    for subset in ("test", "all", "test_near", "all_near"):
+        for group, by in scored.items():
+            if subset in by:
+                values = [f"{by[subset][k]:.3f}" for k in figures]
+                table.add_row(names.get(group, group), subset.replace("_", ", "), str(by[subset]["tiles"]), *values)
+    console.print(table)
+    console.print("near: only pixels within 20 m of a point")
+
+
+def _show_ledger(dumps: list[dict[str, Any]]) -> None:
+    table = Table("dump", "files", "from", "to", "rows", "kept", "rejected", box=None)
+    for d in dumps:
+        why = ", ".join(f"{k} {v:,}" for k, v in d["rejected"].items()) or "none"
+        table.add_row(d["dump"], str(len(d["files"])), *(d["time"] or ("–", "–")), f"{d['rows']:,}", f"{d['kept']:,}", why)
+    console.print(table if dumps else "no dumps yet")
+
+
+def main() -> None:
+    """Run the command; errors become one line each and an exit code."""
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")
+    try:
+        app()
+    except RoadFuseError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything that is true without Prefect: grids, points, cubes, networks, inference, scores."""

@@ -1,0 +1,154 @@
+"""A city file against its data: everything that can be known before work begins; nothing is written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from roadfuse_core.cubes import FIXED_POINT
+from roadfuse_core.errors import ConfigError, RoadFuseError
+from roadfuse_core.grid import Grid, fit_projection
+from roadfuse_core.imagery import ImageryReader, find_imagery
+from roadfuse_core.inference import load_predictor, resolve_weights
+from roadfuse_core.labels import open_map
+from roadfuse_core.points import (
+    Reason,
+    SourceFile,
+    arrays_of,
+    check_columns,
+    find_sources,
+    is_empty,
+    judge_rows,
+    materialise,
+    read_rows,
+)
+from roadfuse_core.settings import City, InvalidCityError, MapSpec
+
+__all__ = ["check_city"]
+
+SAMPLE_ROWS = 50_000
+
+
+def check_city(city: City) -> list[str]:
+    """Validate a city against its files.
+
+    Args:
+        city: A loaded city file.
+
+    Returns:
+        One line for each thing found, in words for people.
+
+    Raises:
+        InvalidCityError: One line for each thing that is wrong, with key, value and fix.
+    """
+    found: list[str] = []
+    wrong: list[str] = []
+    for part in (_check_grid, _check_points, _check_imagery, _check_maps, _check_model):
+        try:
+            found += part(city)
+        except RoadFuseError as error:
+            wrong += str(error).splitlines()
+    if wrong:
+        raise InvalidCityError("\n".join(dict.fromkeys(wrong)))
+    return found
+
+
+def _check_grid(city: City) -> list[str]:
+    grid = city.make_grid()
+    height, width = grid.shape
+    km2 = height * width * grid.resolution_m**2 / 1e6
+    bound = fit_projection(grid).error_px
+    return [f"grid: {grid.crs}, {width} × {height} px of {grid.resolution_m} m, {grid.n_tiles} tiles, {km2:.1f} km²; "
+            f"points are placed within {bound:.4f} px of PROJ"]  # fmt: skip
+
+
+def _check_points(city: City) -> list[str]:
+    if city.points is None:
+        return ["points: none; the map comes from imagery alone"]
+    grid, files = city.make_grid(), find_sources(city)
+    fit_projection(grid, city.points.crs)
+    rows = check_columns(city, files)
+    empty = [f for f in files if is_empty(f)]
+    if len(empty) == len(files):
+        raise ConfigError("points.sources", list(city.points.sources), "hold no rows", "point at files with data")
+    found = [f"points: {len(files)} files" + (f", {rows:,} rows in Parquet" if rows else "")]
+    found += [f"points: {f.label} is empty" for f in empty[:5]]
+    return found + _check_sample(city, grid, next(f for f in files if f not in empty))
+
+
+def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
+    """Place the first rows of a file; a city whose points lie elsewhere is found before they are all read."""
+    assert city.points is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = materialise([file], Path(scratch))
+        rows = read_rows(city.points, paths, 0, 1, False, Path(scratch), limit=SAMPLE_ROWS)
+    reason = judge_rows(rows, city.points.clean, grid, fit_projection(grid, city.points.crs)).reason
+    share = {r: float(np.mean(reason == r)) for r in Reason}
+    if share[Reason.SWAPPED] > 0.5:
+        columns = {"lon": city.points.columns.lon, "lat": city.points.columns.lat}
+        raise ConfigError("points.columns", columns, "give positions in the city only when exchanged", "exchange lon and lat")
+    if share[Reason.TIME] > 0.5:
+        raise ConfigError(
+            "points.columns.time", city.points.columns.time, f"holds no usable time in {share[Reason.TIME]:.0%} of the rows",
+            "name another column or set points.time_unit",
+        )  # fmt: skip
+    if share[Reason.KEPT] == 0:
+        raise ConfigError(
+            "points.sources", file.label, "has no position inside grid.bounds in its first rows",
+            "correct grid.bounds, points.columns or points.crs",
+        )  # fmt: skip
+    return [f"points: {share[Reason.KEPT]:.1%} of the first {len(reason):,} rows of {Path(file.path).name} fall on the grid"]
+
+
+def _check_imagery(city: City) -> list[str]:
+    if city.imagery is None:
+        return ["imagery: none; the map comes from trajectories alone"]
+    paths = find_imagery(city)
+    if not ImageryReader(city.imagery, paths, city.make_grid()).covers():
+        raise ConfigError(
+            "imagery.sources",
+            list(city.imagery.sources),
+            "lies outside grid.bounds",
+            "correct grid.bounds or the files",
+        )
+    return [f"imagery: {len(paths)} files"]
+
+
+def _maps(city: City) -> Iterator[tuple[str, MapSpec]]:
+    for name, spec in city.labels.items():
+        yield f"labels.{name}", spec
+    if city.existing_map:
+        yield "existing_map", city.existing_map
+
+
+def _check_maps(city: City) -> list[str]:
+    found = []
+    for key, spec in _maps(city):
+        if not open_map(city, spec, key, city.make_grid()).covers():
+            raise ConfigError(f"{key}.path", spec.path, "lies outside grid.bounds", "correct grid.bounds or the file")
+        found.append(f"{key}: readable, and inside the grid")
+    return found
+
+
+def _check_model(city: City) -> list[str]:
+    ref = resolve_weights(city.model.weights, city.root)
+    predictor = load_predictor(ref, city.grid.resolution_m)
+    if city.points is not None:
+        held = arrays_of(city.points)
+        for layer in predictor.layers:
+            lacking = [a for a in layer.arrays if a not in held]
+            if lacking:
+                raise ConfigError(
+                    "model.weights",
+                    city.model.weights,
+                    f"needs {', '.join(lacking)}",
+                    "name the columns in points.columns",
+                )
+    elif not predictor.uses_image:
+        raise ConfigError("model.weights", city.model.weights, "needs trajectories", "add points or use other weights")
+    return [
+        f"model: {ref.path.name}, {len(FIXED_POINT.keys() & {a for la in predictor.layers for a in la.arrays})} cube arrays"
+    ]

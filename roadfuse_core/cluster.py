@@ -1,0 +1,121 @@
+"""Dask: where work runs, and how many small jobs become a few futures."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import dask
+from dask.distributed import Client, LocalCluster, as_completed
+
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.settings import ClusterSpec
+
+__all__ = ["Progress", "count_gpus", "open_cluster", "quiet", "run_jobs"]
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Progress = Callable[[str, int, int], None]
+log = logging.getLogger(__name__)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """A progress receiver that says nothing."""
+
+
+def count_gpus() -> int:
+    """GPUs that Dask-CUDA would use, found without touching CUDA; 0 without the `cuda` extra or a driver."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return 0
+    try:
+        from dask_cuda.utils import get_n_gpus
+    except ImportError:
+        return 0
+    import pynvml
+
+    try:
+        return int(get_n_gpus())
+    except pynvml.NVMLError:
+        return 0
+
+
+@contextmanager
+def open_cluster(spec: ClusterSpec) -> Iterator[Client]:
+    """A Dask client for the city's cluster, closed with it.
+
+    `auto` is, in this order: the scheduler that Dask's own configuration names, one process a GPU, one process
+    a core. Nothing listens beyond loopback.
+
+    Args:
+        spec: Kind and number of workers.
+
+    Yields:
+        A connected client.
+
+    Raises:
+        ConfigError: `cuda` without a GPU, or a scheduler that does not answer.
+    """
+    address = spec.kind if "://" in spec.kind else dask.config.get("scheduler-address", None) if spec.kind == "auto" else None
+    if address:
+        try:
+            client = Client(address, timeout="20s")
+        except OSError as error:
+            raise ConfigError("cluster.kind", address, "does not answer", "start the scheduler or use auto") from error
+        with client:
+            yield client
+        return
+    gpus = count_gpus() if spec.kind in ("auto", "cuda") else 0
+    if spec.kind == "cuda" and not gpus:
+        raise ConfigError("cluster.kind", "cuda", "finds no GPU", "install roadfuse[cuda] on a GPU machine, or use auto")
+    with _local_cluster(spec, gpus) as cluster, Client(cluster) as client:
+        yield client
+
+
+def _local_cluster(spec: ClusterSpec, gpus: int) -> Any:
+    if gpus:
+        from dask_cuda import LocalCUDACluster
+
+        return LocalCUDACluster(n_workers=spec.workers or gpus, dashboard_address="127.0.0.1:0")
+    workers = spec.workers or os.cpu_count() or 1
+    return LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
+        dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR,
+    )  # fmt: skip
+
+
+def run_jobs(
+    client: Client | None, function: Callable[[Job], Result], jobs: Sequence[Job], what: str, tell: Progress = quiet
+) -> list[Result]:
+    """Run a function on every job and return the results in the jobs' order.
+
+    Args:
+        client: Where to run; None runs here, one after the other, with the same results.
+        function: Importable by name on the workers.
+        jobs: Small picklable records.
+        what: Name for the progress.
+        tell: Called with (what, done, total) after each job.
+
+    Raises:
+        Exception: The first error of a job; the others are cancelled.
+    """
+    tell(what, 0, len(jobs))
+    if client is None:
+        results = []
+        for done, job in enumerate(jobs, start=1):
+            results.append(function(job))
+            tell(what, done, len(jobs))
+        return results
+    futures = client.map(function, jobs, pure=False, retries=1, batch_size=1000)
+    place = {future.key: k for k, future in enumerate(futures)}
+    out: dict[int, Result] = {}
+    try:
+        for future in as_completed(futures):
+            out[place[future.key]] = future.result()
+            future.release()
+            tell(what, len(out), len(jobs))
+    finally:
+        client.cancel(futures)
+    return [out[k] for k in range(len(jobs))]

@@ -1,0 +1,32 @@
+"""The cube of integer sums: written in whole dumps, read in windows, rendered to layers."""
+
+from roadfuse_core.cubes._ingest import IngestPlan, LedgerEntry, cubes_path, ingest, ledger, plan_ingest
+from roadfuse_core.cubes._read import CubeReader
+from roadfuse_core.cubes._render import FIXED_POINT, QUANTITIES, Layer, halo_px, render
+from roadfuse_core.cubes._repository import (
+    committer_lock,
+    grid_attributes,
+    open_repository,
+    publish,
+    read_group,
+)
+
+__all__ = [
+    "FIXED_POINT",
+    "QUANTITIES",
+    "CubeReader",
+    "IngestPlan",
+    "Layer",
+    "LedgerEntry",
+    "committer_lock",
+    "cubes_path",
+    "grid_attributes",
+    "halo_px",
+    "ingest",
+    "ledger",
+    "open_repository",
+    "plan_ingest",
+    "publish",
+    "read_group",
+    "render",
+]

@@ -1,0 +1,93 @@
+"""From integer sums to the layers that a network sees; scales are frozen, never taken from the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from scipy import ndimage
+
+__all__ = ["FIXED_POINT", "QUANTITIES", "Layer", "halo_px", "render"]
+
+# Array name → integer units per unit of the quantity.
+FIXED_POINT = {"count": 1, "speed_sum": 1000, "speed_count": 1, "sin_sum": 10_000, "cos_sum": 10_000,
+               "bearing_count": 1, "interval_sum": 1000, "interval_count": 1}  # fmt: skip
+# Quantity → the arrays that it needs in a cube.
+QUANTITIES = {
+    "count": ("count",),
+    "speed": ("speed_sum", "speed_count"),
+    "bearing": ("sin_sum", "cos_sum", "bearing_count"),
+    "interval": ("interval_sum", "interval_count"),
+}
+Kind = Literal["binary", "count", "log_count", "speed", "sin", "cos", "interval"]
+_MEANS: dict[str, tuple[str, str]] = {
+    "speed": ("speed_sum", "speed_count"),
+    "sin": ("sin_sum", "bearing_count"),
+    "cos": ("cos_sum", "bearing_count"),
+    "interval": ("interval_sum", "interval_count"),
+}
+
+
+class Layer(BaseModel):
+    """One layer of GPS input (Sun et al. 2019, section 3.1; logarithm before the Gaussian as in CMMPNet).
+
+    Attributes:
+        kind: binary (any point), count, log_count = log(1+n)/log(1+cap), or a mean per pixel: speed (m/s),
+            sin and cos of the bearing (-1 … 1), interval (seconds). Where a mean has no sample it is 0.
+        cap: The value that becomes 1; larger ones stay at 1 for log_count, and means are divided by it.
+        sigma_px: Standard deviation of a Gaussian that smooths the layer; 0 for none.
+        radius_px: Half the kernel's size; size 3 is radius 1.
+        gain: Factor on the finished layer, so that a lone point is not lost beside the image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    cap: float = Field(1.0, gt=0)
+    sigma_px: float = Field(0.0, ge=0)
+    radius_px: int = Field(0, ge=0)
+    gain: float = Field(1.0, gt=0)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The cube arrays that this layer reads."""
+        return _MEANS.get(self.kind, ("count",))
+
+
+def halo_px(layers: Sequence[Layer]) -> int:
+    """Pixels around a window that smoothing needs."""
+    return max((layer.radius_px for layer in layers if layer.sigma_px > 0), default=0)
+
+
+def render(sums: Mapping[str, NDArray[np.int64]], layers: Sequence[Layer], halo: int | None = None) -> NDArray[np.float32]:
+    """Layers of one window.
+
+    Args:
+        sums: (H + 2·halo, W + 2·halo) integers for every array that the layers read, in fixed-point units.
+        layers: What to render, in channel order.
+        halo: Pixels of context on every side; at least `halo_px(layers)`, which is the default.
+
+    Returns:
+        (len(layers), H, W) float32. The same values come out for any window that covers a pixel.
+    """
+    halo = halo_px(layers) if halo is None else halo
+    crop = slice(halo, -halo) if halo else slice(None)
+    return np.stack([_layer(sums, layer)[crop, crop] for layer in layers])
+
+
+def _layer(sums: Mapping[str, NDArray[np.int64]], layer: Layer) -> NDArray[np.float32]:
+    if layer.kind in _MEANS:
+        total, samples = (sums[name] for name in _MEANS[layer.kind])
+        unit = FIXED_POINT[_MEANS[layer.kind][0]] * layer.cap
+        out = (total / (np.maximum(samples, 1) * unit)).astype(np.float32)
+    else:
+        count = sums["count"].astype(np.float32)
+        out = {"binary": lambda: (count > 0).astype(np.float32), "count": lambda: count / np.float32(layer.cap),
+               "log_count": lambda: np.minimum(np.log1p(count) / np.float32(np.log1p(layer.cap)), 1)}[layer.kind]()  # fmt: skip
+    if layer.sigma_px > 0:
+        for axis in (0, 1):
+            out = ndimage.gaussian_filter1d(out, layer.sigma_px, axis, mode="constant", radius=layer.radius_px)
+    return out * np.float32(layer.gain)

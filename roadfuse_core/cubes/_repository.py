@@ -1,0 +1,130 @@
+"""The city's cube repository: Icechunk on disk, one committer at a time, readers see whole snapshots."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import icechunk
+import numpy as np
+import zarr
+from icechunk import ManifestSplitCondition, ManifestSplitDimCondition, ManifestSplittingConfig
+from zarr.codecs import ZstdCodec
+
+from roadfuse_core.cubes._render import FIXED_POINT
+from roadfuse_core.errors import StoreError
+from roadfuse_core.grid import Grid
+
+__all__ = ["committer_lock", "create_arrays", "grid_attributes", "open_repository", "publish", "read_group"]
+
+MAIN = "main"
+CODECS = (ZstdCodec(level=1),)
+# Icechunk warns that commits to a local disk must not run at the same time: `committer_lock` sees to that.
+icechunk.set_logs_filter("icechunk=error")
+
+
+def open_repository(path: Path, create: bool = False) -> icechunk.Repository:
+    """An Icechunk repository on the local disk.
+
+    Args:
+        path: Its folder.
+        create: Make an empty one if there is none.
+
+    Raises:
+        StoreError: There is none, or the folder holds something else.
+    """
+    storage = icechunk.local_filesystem_storage(str(path))
+    splitting = ManifestSplittingConfig.from_dict(
+        {ManifestSplitCondition.AnyArray(): {ManifestSplitDimCondition.DimensionName("period"): 1}}
+    )
+    config = icechunk.RepositoryConfig.default()
+    config.manifest = icechunk.ManifestConfig(splitting=splitting)
+    try:
+        if icechunk.Repository.exists(storage):
+            return icechunk.Repository.open(storage)
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+            return icechunk.Repository.create(storage, config=config)
+    except icechunk.IcechunkError as error:
+        raise StoreError(f"{path}: is not a usable repository ({str(error).splitlines()[0]}); move it away") from error
+    raise StoreError(f"{path}: holds no repository yet; run `roadfuse ingest` or `roadfuse refresh` first")
+
+
+@contextmanager
+def committer_lock(path: Path) -> Iterator[None]:
+    """Hold a repository's only right to commit; freed by the system when the process dies.
+
+    Raises:
+        StoreError: Another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "committer.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise StoreError(f"{path}: process {holder} is writing to this city; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def publish(repository: icechunk.Repository, snapshot: str, base: str) -> None:
+    """Move `main` to a finished snapshot in one step.
+
+    Raises:
+        StoreError: `main` is no longer where the work began.
+    """
+    try:
+        repository.reset_branch(MAIN, snapshot, from_snapshot_id=base)
+    except icechunk.IcechunkError as error:
+        raise StoreError("somebody else published meanwhile; nothing was changed, run again") from error
+
+
+def read_group(repository: icechunk.Repository, branch: str = MAIN, snapshot: str | None = None) -> zarr.Group:
+    """The root group of a snapshot, read-only; the newest of a branch unless one is named."""
+    session = repository.readonly_session(snapshot_id=snapshot) if snapshot else repository.readonly_session(branch)
+    return zarr.open_group(session.store, mode="r")
+
+
+def grid_attributes(grid: Grid) -> dict[str, Any]:
+    """What a reader needs to place the arrays, and what a later run compares with its own grid."""
+    return {"crs": grid.crs, "grid": json.loads(json.dumps(grid.__dict__)), "GeoTransform": list(grid.affine.to_gdal())}
+
+
+def create_arrays(root: zarr.Group, grid: Grid, names: tuple[str, ...], period: str) -> None:
+    """Empty `period/NAME` (period, y, x) and `total/NAME` (y, x), one chunk a tile; empty chunks take no space."""
+    root.attrs.update(grid_attributes(grid) | {"period": period, "arrays": list(names)})
+    height, width = grid.shape
+    for folder in ("period", "total"):
+        group = root.require_group(folder)
+        group.attrs.update(grid_attributes(grid))
+        _coordinates(group, grid)
+        for name in names:
+            count = name == "count" or name.endswith("_count")
+            lead: tuple[int, ...] = (0,) if folder == "period" else ()
+            array = group.create_array(
+                name, shape=(*lead, height, width), chunks=(*(1 for _ in lead), grid.tile_px, grid.tile_px),
+                dtype="uint32" if count and folder == "period" else "int64", fill_value=0, compressors=CODECS, filters=(),
+                dimension_names=(*(("period",) if lead else ()), "y", "x"),
+            )  # fmt: skip
+            array.attrs.update({"units_per_1": FIXED_POINT[name], "grid_mapping": "crs"})
+    root.require_group("ledger").attrs.update({"dumps": {}})
+
+
+def _coordinates(group: zarr.Group, grid: Grid) -> None:
+    b, res = grid.bounds, grid.resolution_m
+    for name, values in (
+        ("y", b.top - (np.arange(grid.shape[0]) + 0.5) * res),
+        ("x", b.left + (np.arange(grid.shape[1]) + 0.5) * res),
+    ):
+        array = group.create_array(name, shape=values.shape, dtype="float64", chunks=values.shape, dimension_names=(name,))
+        array[:] = values
+        array.attrs.update({"units": "m", "standard_name": f"projection_{name}_coordinate"})

@@ -1,0 +1,55 @@
+"""Every error that RoadFuse raises on purpose.
+
+RoadFuseError
+├── ConfigError       a setting is wrong or does not fit the data   (also ValueError; exit 2)
+├── DataError         a file cannot be read as what it claims to be (also ValueError; exit 3)
+├── StoreError        a repository refuses or is in another state   (also RuntimeError; exit 4)
+└── IncompleteError   a run finished in part and published nothing  (also RuntimeError; exit 5)
+"""
+
+__all__ = ["ConfigError", "DataError", "IncompleteError", "RoadFuseError", "StoreError"]
+
+
+class RoadFuseError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class ConfigError(RoadFuseError, ValueError):
+    """A key of a city file has a value that cannot work.
+
+    Args:
+        key: Dotted path of the key, for example `points.columns.lon`.
+        value: What was found there.
+        problem: Why it cannot work.
+        fix: What to write instead.
+    """
+
+    exit_code = 2
+
+    def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
+        super().__init__(f"{key}: {value!r} {problem}; {fix}")
+        self.key, self.value, self.problem, self.fix = key, value, problem, fix
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
+        """Keep the four parts when a worker process sends the error home."""
+        return type(self), (self.key, self.value, self.problem, self.fix)
+
+
+class DataError(RoadFuseError, ValueError):
+    """A data file is unreadable, truncated or not what its name says."""
+
+    exit_code = 3
+
+
+class StoreError(RoadFuseError, RuntimeError):
+    """A repository is locked, moved on, or holds something else than asked for."""
+
+    exit_code = 4
+
+
+class IncompleteError(RoadFuseError, RuntimeError):
+    """Part of a run failed; nothing was published."""
+
+    exit_code = 5

@@ -1,0 +1,147 @@
+"""One city, one grid: a projected CRS, a resolution and an origin on whole tiles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from affine import Affine
+from odc.geo.crs import CRS
+from odc.geo.geobox import GeoBox
+from pyproj import Transformer
+
+from roadfuse_core.errors import ConfigError
+
+
+class Bounds(NamedTuple):
+    """A box, half-open [min, max) on both axes, in the unit of its CRS."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+
+class TileIndex(NamedTuple):
+    """A tile's place in its grid; row 0 is the northernmost."""
+
+    row: int
+    col: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Square pixels in a projected CRS, cut into square tiles.
+
+    The origin lies on a multiple of the tile size in the CRS, so that any two grids of equal CRS,
+    resolution and tile size line up, whatever bounds they were made from.
+
+    Attributes:
+        crs: Authority string, for example "EPSG:32634".
+        resolution_m: Pixel edge, metres.
+        tile_px: Tile edge, pixels.
+        left_tile: Tiles from the CRS origin to the left edge.
+        top_tile: Tiles from the CRS origin to the top edge, northwards.
+        tiles_y: Rows of tiles.
+        tiles_x: Columns of tiles.
+    """
+
+    crs: str
+    resolution_m: float
+    tile_px: int
+    left_tile: int
+    top_tile: int
+    tiles_y: int
+    tiles_x: int
+
+    @property
+    def tile_m(self) -> float:
+        """Tile edge, metres."""
+        return self.tile_px * self.resolution_m
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width), pixels."""
+        return self.tiles_y * self.tile_px, self.tiles_x * self.tile_px
+
+    @property
+    def n_tiles(self) -> int:
+        """Number of tiles."""
+        return self.tiles_y * self.tiles_x
+
+    @property
+    def bounds(self) -> Bounds:
+        """Metres in the grid's CRS, half-open."""
+        left, top = self.left_tile * self.tile_m, self.top_tile * self.tile_m
+        return Bounds(left, top - self.tiles_y * self.tile_m, left + self.tiles_x * self.tile_m, top)
+
+    @property
+    def affine(self) -> Affine:
+        """Pixel (column, row) to metres."""
+        return Affine(self.resolution_m, 0, self.bounds.left, 0, -self.resolution_m, self.bounds.top)
+
+    @property
+    def geobox(self) -> GeoBox:
+        """The grid as an odc-geo GeoBox."""
+        return GeoBox(self.shape, self.affine, self.crs)
+
+    def window_geobox(self, row: int, col: int, height: int, width: int) -> GeoBox:
+        """GeoBox of a pixel rectangle, which may reach past the grid's rim."""
+        return GeoBox((height, width), self.affine * Affine.translation(col, row), self.crs)
+
+    def tiles(self) -> list[TileIndex]:
+        """All tiles, row-major."""
+        return [TileIndex(r, c) for r in range(self.tiles_y) for c in range(self.tiles_x)]
+
+    def tile_bounds(self, tile: TileIndex) -> Bounds:
+        """Metres in the grid's CRS, half-open."""
+        left, top = self.bounds.left + tile.col * self.tile_m, self.bounds.top - tile.row * self.tile_m
+        return Bounds(left, top - self.tile_m, left + self.tile_m, top)
+
+    def tiles_covering(self, box: Bounds) -> list[TileIndex]:
+        """Tiles that share area with a box.
+
+        Args:
+            box: Metres in the grid's CRS, half-open.
+
+        Returns:
+            Row-major; empty if the box has no area or lies outside. Touching along an edge does not count.
+        """
+        if box.right <= box.left or box.top <= box.bottom:
+            return []
+        bounds = self.bounds
+        cols = _cells(box.left - bounds.left, box.right - bounds.left, self.tile_m, self.tiles_x)
+        rows = _cells(bounds.top - box.top, bounds.top - box.bottom, self.tile_m, self.tiles_y)
+        return [TileIndex(r, c) for r in rows for c in cols]
+
+
+def _cells(low: float, high: float, size: float, count: int) -> range:
+    return range(max(0, math.floor(low / size)), min(count, math.ceil(high / size)))
+
+
+def make_grid(bounds_lonlat: Bounds, resolution_m: float = 0.5, tile_px: int = 1024, crs: str | None = None) -> Grid:
+    """The grid that covers a box of longitudes and latitudes.
+
+    Args:
+        bounds_lonlat: Degrees, WGS-84.
+        resolution_m: Pixel edge, metres.
+        tile_px: Tile edge, pixels.
+        crs: A projected CRS in metres; by default the UTM zone of the centre.
+
+    Returns:
+        The smallest grid of whole tiles, on the CRS's lattice of tiles, that holds the box.
+
+    Raises:
+        ConfigError: The CRS is not projected in metres.
+    """
+    left, bottom, right, top = bounds_lonlat
+    code = CRS(crs) if crs else CRS.utm((left + right) / 2, (bottom + top) / 2)
+    if not code.projected or code.proj.axis_info[0].unit_name != "metre":
+        raise ConfigError("grid.crs", crs, "is not a projected CRS in metres", "name a UTM zone, such as EPSG:32634")
+    to_grid = Transformer.from_crs("EPSG:4326", code.proj, always_xy=True)
+    x0, y0, x1, y1 = to_grid.transform_bounds(left, bottom, right, top, densify_pts=51)
+    tile_m = resolution_m * tile_px
+    left_tile, top_tile = math.floor(x0 / tile_m), math.ceil(y1 / tile_m)
+    tiles_y, tiles_x = top_tile - math.floor(y0 / tile_m), math.ceil(x1 / tile_m) - left_tile
+    return Grid(str(code), resolution_m, tile_px, left_tile, top_tile, tiles_y, tiles_x)

@@ -1,0 +1,161 @@
+"""Warped windows through rasterio's WarpedVRT and rioxarray."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import rioxarray
+from numpy.typing import NDArray
+from pyproj import CRS, Transformer
+from pyproj.exceptions import CRSError
+from rasterio.enums import ColorInterp, Resampling
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
+from rasterio.io import DatasetReader
+from rasterio.vrt import WarpedVRT
+
+from roadfuse_core.errors import ConfigError, DataError
+from roadfuse_core.grid import Bounds, Grid
+from roadfuse_core.settings import City, ImagerySpec
+
+__all__ = ["ImageryReader", "find_imagery", "imagery_identity", "open_raster", "warped"]
+
+
+def find_imagery(city: City) -> list[str]:
+    """Absolute paths of the city's images, sorted; empty if it has none.
+
+    Raises:
+        ConfigError: A source matches nothing.
+    """
+    out: set[str] = set()
+    for text in city.imagery.sources if city.imagery else []:
+        paths = [p for p in glob.glob(str(city.path(text)), recursive=True) if Path(p).is_file()]
+        if not paths:
+            raise ConfigError("imagery.sources", text, "matches no file", "correct the path or the pattern")
+        out.update(paths)
+    return sorted(out)
+
+
+def imagery_identity(paths: list[str]) -> str:
+    """A digest that changes when a file is added, removed or rewritten (name, size, time of change)."""
+    facts = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def open_raster(path: str, key: str, crs: str | None) -> Iterator[tuple[DatasetReader, str]]:
+    """A raster and the CRS it is in.
+
+    Raises:
+        DataError: GDAL cannot read the file.
+        ConfigError: Neither the file nor the setting states a CRS.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        try:
+            source = rasterio.open(path)
+        except RasterioIOError as error:
+            raise DataError(f"{key}: {path} is not a readable raster ({error}); copy it again") from error
+    with source:
+        stated = crs or (source.crs.to_wkt() if source.crs else None)
+        if stated is None:
+            raise ConfigError(key, path, "has no CRS", f"state it as {key.split('.')[0]}.crs, or write it into the file")
+        yield source, stated
+
+
+def raster_box(source: DatasetReader, move: Transformer) -> Bounds:
+    """A raster's box after a transformation of coordinates."""
+    b = source.bounds
+    return Bounds(*move.transform_bounds(b.left, b.bottom, b.right, b.top, densify_pts=21))
+
+
+@contextmanager
+def warped(
+    source: DatasetReader, crs: str, nodata: float | None, grid: Grid, row: int, col: int, height: int, width: int,
+    resampling: Resampling,
+) -> Iterator[WarpedVRT]:  # fmt: skip
+    """A pixel rectangle of the grid as a virtual raster; its mask says what the source covers."""
+    box = grid.window_geobox(row, col, height, width)
+    value = source.nodata if nodata is None else nodata
+    alpha = ColorInterp.alpha in source.colorinterp
+    options = {"src_nodata": value, "nodata": value} if value is not None else {"add_alpha": not alpha}
+    with WarpedVRT(source, src_crs=crs, crs=str(box.crs), transform=box.affine, height=height, width=width,
+                   resampling=resampling, **options) as vrt:  # fmt: skip
+        yield vrt
+
+
+class ImageryReader:
+    """Reads a city's images as RGB on its grid; where files overlap, the first by name wins.
+
+    Args:
+        spec: The imagery settings.
+        paths: Absolute paths.
+        grid: The city's grid.
+
+    Raises:
+        ConfigError: A file has no CRS, needs a value range, or lies elsewhere.
+        DataError: A file is unreadable.
+    """
+
+    def __init__(self, spec: ImagerySpec, paths: list[str], grid: Grid) -> None:
+        self.spec, self.grid = spec, grid
+        self.files = [(path, self._inspect(path)) for path in paths]
+
+    def _inspect(self, path: str) -> Bounds:
+        """The file's box in the grid's CRS."""
+        with open_raster(path, "imagery.sources", self.spec.crs) as (source, crs):
+            if source.dtypes[0] != "uint8" and self.spec.value_range is None:
+                raise ConfigError("imagery.value_range", None, f"is needed for {source.dtypes[0]} values in {path}",
+                                  "give the values shown as black and white, for example [0, 3000]")  # fmt: skip
+            try:
+                move = Transformer.from_crs(CRS.from_user_input(crs), self.grid.crs, always_xy=True)
+            except CRSError as error:
+                raise ConfigError("imagery.crs", crs, "is not a CRS", "give a code such as EPSG:32633") from error
+            box = raster_box(source, move)
+        if not all(np.isfinite(box)):
+            raise ConfigError("imagery.sources", path, "cannot be placed in the city's CRS", "check its georeference")
+        return box
+
+    def covers(self) -> bool:
+        """Whether any file shares area with the grid."""
+        return any(self.grid.tiles_covering(box) for _, box in self.files)
+
+    def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """RGB of a pixel rectangle, which may reach past the grid.
+
+        Returns:
+            (3, height, width) float32 in 0 … 255, zeros where nothing is known; and (height, width) bool, where
+            something is. One band is shown as grey; a fourth and further bands are left out.
+        """
+        rgb = np.zeros((3, height, width), np.float32)
+        valid = np.zeros((height, width), bool)
+        res, b = self.grid.resolution_m, self.grid.bounds
+        left, top = b.left + col * res, b.top - row * res
+        for path, box in self.files:
+            apart = box.right <= left or box.left >= left + width * res or box.top <= top - height * res or box.bottom >= top
+            if apart or valid.all():
+                continue
+            values, known = self._read(path, row, col, height, width)
+            fresh = known & ~valid
+            rgb[:, fresh] = values[:, fresh]
+            valid |= known
+        return rgb, valid
+
+    def _read(self, path: str, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        with (
+            open_raster(path, "imagery.sources", self.spec.crs) as (source, crs),
+            warped(source, crs, self.spec.nodata, self.grid, row, col, height, width, Resampling.bilinear) as vrt,
+        ):
+            known = vrt.dataset_mask() > 0
+            colours = 3 if source.count >= 3 else 1
+            values = np.asarray(rioxarray.open_rasterio(vrt))[:colours].astype(np.float32)
+        low, high = self.spec.value_range or (0, 255)
+        values = np.nan_to_num((values - low) * np.float32(255 / (high - low)), nan=0).clip(0, 255)
+        return np.broadcast_to(values, (3, height, width)), known

@@ -1,0 +1,166 @@
+"""Road masks from rasters and from lines drawn at their width."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Protocol
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import shapely
+from numpy.typing import NDArray
+from pyogrio.errors import DataSourceError
+from pyproj import CRS, Transformer
+from rasterio import features
+from rasterio.enums import Resampling
+
+from roadfuse_core.errors import ConfigError, DataError
+from roadfuse_core.grid import Grid
+from roadfuse_core.imagery._read import open_raster, raster_box, warped
+from roadfuse_core.settings import City, MapSpec
+
+__all__ = ["RoadMap", "open_map", "read_lines"]
+
+RASTERS = (".tif", ".tiff", ".vrt", ".png", ".jp2", ".img")
+DRIVABLE = ("motorway", "trunk", "primary", "secondary", "tertiary", "unclassified", "residential", "living_street",
+            "service", "motorway_link", "trunk_link", "primary_link", "secondary_link", "tertiary_link", "road")  # fmt: skip
+
+
+class RoadMap(Protocol):
+    """A map of roads on a grid."""
+
+    def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Road, and where the map knows at all; both (height, width) bool."""
+
+    def covers(self) -> bool:
+        """Whether the map shares area with the grid."""
+
+
+class RasterMap:
+    """A mask in a file: above zero is road; pixels without data are unknown."""
+
+    def __init__(self, path: str, spec: MapSpec, key: str, grid: Grid) -> None:
+        self.path, self.spec, self.key, self.grid = path, spec, key, grid
+        with open_raster(path, key, spec.crs) as (source, crs):
+            move = Transformer.from_crs(CRS.from_user_input(crs), grid.crs, always_xy=True)
+            self.box = raster_box(source, move)
+
+    def covers(self) -> bool:
+        """Whether the raster shares area with the grid."""
+        return bool(self.grid.tiles_covering(self.box))
+
+    def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Road and known, by the nearest pixel."""
+        with (
+            open_raster(self.path, self.key, self.spec.crs) as (source, crs),
+            warped(source, crs, None, self.grid, row, col, height, width, Resampling.nearest) as vrt,
+        ):
+            known = vrt.dataset_mask() > 0
+            return (vrt.read(1) > 0) & known, known
+
+
+class LineMap:
+    """Lines drawn at their width; the convex hull of all lines is where the map knows."""
+
+    def __init__(self, lines: gpd.GeoDataFrame, widths: NDArray[np.float64], grid: Grid) -> None:
+        self.grid = grid
+        self.shapes = shapely.buffer(lines.geometry.to_numpy(), widths / 2)
+        self.tree = shapely.STRtree(self.shapes)
+        self.footprint = shapely.convex_hull(shapely.geometrycollections(lines.geometry.to_numpy()))
+
+    def covers(self) -> bool:
+        """Whether any line reaches into the grid."""
+        return len(self.tree.query(shapely.box(*self.grid.bounds), predicate="intersects")) > 0
+
+    def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Road and known; a pixel belongs to a shape that holds its centre."""
+        box = self.grid.window_geobox(row, col, height, width)
+        near = self.tree.query(shapely.box(*box.boundingbox.bbox))
+        return self._burn(self.shapes[near], box), self._burn([self.footprint], box)
+
+    @staticmethod
+    def _burn(shapes: object, box: object) -> NDArray[np.bool_]:
+        drawn = [s for s in shapes if not s.is_empty]  # type: ignore[attr-defined]
+        if not drawn:
+            return np.zeros(box.shape, np.bool_)  # type: ignore[attr-defined]
+        return features.rasterize(drawn, box.shape, transform=box.affine, dtype="uint8").astype(bool)  # type: ignore[attr-defined]
+
+
+def open_map(city: City, spec: MapSpec, key: str, grid: Grid) -> RoadMap:
+    """The map behind a setting.
+
+    Args:
+        city: For relative paths.
+        spec: The setting.
+        key: Its dotted name, for messages.
+        grid: The city's grid.
+
+    Raises:
+        ConfigError: The file is missing, has no CRS, or lacks the width column.
+        DataError: The file is unreadable.
+    """
+    path = city.path(spec.path)
+    if not path.is_file():
+        raise ConfigError(f"{key}.path", spec.path, "does not exist", "correct the path")
+    if path.suffix.lower() in RASTERS:
+        return RasterMap(str(path), spec, f"{key}.path", grid)
+    lines = read_lines(path, spec, key).to_crs(grid.crs)
+    widths = np.full(len(lines), spec.width_m)
+    if spec.width is not None:
+        if spec.width not in lines.columns:
+            columns = ", ".join(c for c in lines.columns if c != "geometry")
+            raise ConfigError(f"{key}.width", spec.width, f"is not a column of {path}", f"it has: {columns}")
+        widths = pd.to_numeric(lines[spec.width], errors="coerce").fillna(spec.width_m).to_numpy(float)
+    return LineMap(lines, widths, grid)
+
+
+def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
+    """The lines of a vector file, in its own CRS.
+
+    Args:
+        path: GeoPackage, GeoJSON, GeoParquet, shapefile, OSM PBF (its drivable roads), or a zip of two text files
+            as trajectory benchmarks publish them: vertices `id,x,y` and edges `id,from,to,…`.
+        spec: For the CRS.
+        key: For messages.
+
+    Raises:
+        ConfigError: Neither file nor setting states a CRS.
+        DataError: The file is unreadable or holds no lines.
+    """
+    try:
+        table = _read_table(path)
+    except (DataSourceError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{key}.path: {path} is not a readable map ({str(error).splitlines()[0]}); check the file") from error
+    if spec.crs is not None:
+        table = table.set_crs(spec.crs, allow_override=True)
+    if table.crs is None:
+        raise ConfigError(f"{key}.path", spec.path, "has no CRS", f"state it as {key}.crs")
+    table = table[table.geometry.notna() & table.geom_type.isin(["LineString", "MultiLineString"])]
+    if table.empty:
+        raise DataError(f"{key}.path: {path} holds no lines; give a map of road centre lines")
+    return table
+
+
+def _read_table(path: Path) -> gpd.GeoDataFrame:
+    suffix = path.suffix.lower()
+    if suffix in (".parquet", ".geoparquet"):
+        return gpd.read_parquet(path)
+    if suffix == ".pbf":
+        ways = gpd.read_file(path, layer="lines")
+        return ways[ways["highway"].isin(DRIVABLE)]
+    if suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
+            texts = {part: next((n for n in names if part in n and n.endswith(".txt")), None) for part in ("vertices", "edges")}
+            if all(texts.values()):
+                with archive.open(str(texts["vertices"])) as v, archive.open(str(texts["edges"])) as e:
+                    return _graph(pd.read_csv(v, header=None), pd.read_csv(e, header=None))
+    return gpd.read_file(path)
+
+
+def _graph(vertices: pd.DataFrame, edges: pd.DataFrame) -> gpd.GeoDataFrame:
+    xy = vertices.set_index(0)[[1, 2]]
+    ends = np.stack([xy.loc[edges[k]].to_numpy(float) for k in (1, 2)], 1)
+    return gpd.GeoDataFrame(geometry=list(shapely.linestrings(ends)))

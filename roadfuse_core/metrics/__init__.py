@@ -1,0 +1,6 @@
+"""Scores: confusion counts per tile, and what a city's map is worth as a whole."""
+
+from roadfuse_core.metrics._city import NEAR_M, CityScores, score_city, tune_kde
+from roadfuse_core.metrics._confusion import Confusion, Scores, confusion, scores
+
+__all__ = ["NEAR_M", "CityScores", "Confusion", "Scores", "confusion", "score_city", "scores", "tune_kde"]

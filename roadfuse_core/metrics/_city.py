@@ -1,0 +1,152 @@
+"""A published map against the city's labels, tile by tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from roadfuse_core.cluster import Progress, quiet
+from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, render
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.grid import TileIndex, split_tiles
+from roadfuse_core.inference import KdeModel, MapReader
+from roadfuse_core.labels import RoadMap, open_map
+from roadfuse_core.metrics._confusion import Confusion, Scores, confusion, scores
+from roadfuse_core.settings import City
+
+__all__ = ["NEAR_M", "CityScores", "score_city", "tune_kde"]
+
+NEAR_M = 20.0
+CityScores = dict[str, dict[str, float]]
+SIGMAS_M = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+
+
+def score_city(city: City, group: str = "map", tell: Progress = quiet) -> CityScores:
+    """Scores of a published map, and the confusion counts of every tile in a Parquet file.
+
+    Args:
+        city: With labels.
+        group: Which map.
+        tell: Progress.
+
+    Returns:
+        Scores by subset: "test" (the tiles of the test split), "all", and, where the city has points, "test_near" and
+        "all_near": only pixels within 20 m of a point.
+
+    Raises:
+        ConfigError: The city has no labels.
+        StoreError: There is no such map yet.
+    """
+    grid, labels, reader = city.make_grid(), _labels(city), MapReader(city, group)
+    splits, tiles, px = split_tiles(grid), grid.tiles(), grid.tile_px
+    cube = CubeReader(cubes_path(city)) if city.points else None
+    rows: list[dict[str, object]] = []
+    for done, tile in enumerate(tiles, start=1):
+        where = (tile.row * px, tile.col * px, px, px)
+        road, known = labels.window(*where)
+        if known.any():
+            predicted = reader.window("road", *where) == 1
+            for subset, mask in _subsets(known, cube, where, grid.resolution_m):
+                counts = confusion(predicted, road, mask)
+                rows.append({"row": tile.row, "col": tile.col, "split": splits[tile], "subset": subset, **counts._asdict()})
+        tell(f"scoring {group}", done, len(tiles))
+    _write(city.workspace_path / "scores" / f"{group}.parquet", rows)
+    return {name: asdict(_score(rows, name)) for name in ("test", "all", *(("test_near", "all_near") if cube else ()))}
+
+
+def _labels(city: City) -> RoadMap:
+    if "roads" not in city.labels:
+        raise ConfigError("labels.roads", None, "is missing", "name a mask or a map of roads to score against")
+    return open_map(city, city.labels["roads"], "labels.roads", city.make_grid())
+
+
+def _subsets(
+    known: NDArray[np.bool_], cube: CubeReader | None, where: tuple[int, int, int, int], resolution_m: float
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    yield "known", known
+    if cube is None:
+        return
+    halo = math.ceil(NEAR_M / resolution_m)
+    row, col, height, width = where
+    points = cube.window("count", row - halo, col - halo, height + 2 * halo, width + 2 * halo) > 0
+    near = np.zeros_like(known)
+    if points.any():
+        distance_m = ndimage.distance_transform_edt(~points) * resolution_m
+        near = distance_m[halo : halo + height, halo : halo + width] <= NEAR_M
+    yield "near", known & near
+
+
+def _score(rows: list[dict[str, object]], name: str) -> Scores:
+    subset, only_test = ("near" if name.endswith("near") else "known"), name.startswith("test")
+    chosen = [r for r in rows if r["subset"] == subset and (r["split"] == "test" or not only_test)]
+    return scores([Confusion(*(int(str(r[k])) for k in Confusion._fields)) for r in chosen])
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = [("row", pa.int32()), ("col", pa.int32()), ("split", pa.string()), ("subset", pa.string())]
+    schema = pa.schema(fields + [(k, pa.int64()) for k in Confusion._fields])
+    part = path.with_suffix(".part")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
+    part.rename(path)
+
+
+def tune_kde(city: City, tell: Progress = quiet) -> KdeModel:
+    """Kernel and threshold with the best global IoU on the city's training tiles; no other tile is read.
+
+    Args:
+        city: With points, ingested, and labels.
+        tell: Progress.
+
+    Returns:
+        The tuned model.
+
+    Raises:
+        ConfigError: The city lacks points or labels, or its training tiles hold no road.
+    """
+    if city.points is None:
+        raise ConfigError("points", None, "is missing", "kernel density needs trajectories")
+    grid, labels, cube = city.make_grid(), _labels(city), CubeReader(cubes_path(city))
+    tiles = [t for t, split in split_tiles(grid).items() if split == "train"]
+    edges = np.concatenate([[-np.inf], np.linspace(math.log(1e-7), math.log(1e2), 400), [np.inf]])
+    counts = np.zeros((len(SIGMAS_M), 2, len(edges) - 1), np.int64)
+    models = [KdeModel(sigma_m=s, threshold_per_m2=1, tuned_on="-").layer(grid.resolution_m) for s in SIGMAS_M]
+    for done, tile in enumerate(sorted(tiles), start=1):
+        _count_tile(counts, edges, models, cube, labels, tile, grid.tile_px)
+        tell("tuning kernel density", done, len(tiles))
+    # Pixels at or above each edge: true and false positives of a threshold there.
+    above = counts[:, :, ::-1].cumsum(2)[:, :, ::-1]
+    road = counts[:, 1].sum(1, keepdims=True)
+    iou = above[:, 1, 1:] / np.maximum(road + above[:, 0, 1:], 1)
+    kernel, edge = np.unravel_index(int(iou.argmax()), iou.shape)
+    if not iou[kernel, edge] > 0:
+        raise ConfigError(
+            "labels.roads", city.labels["roads"].path, "has no road near points on the training tiles", "check both"
+        )
+    what = f"{len(tiles)} training tiles of {city.name}, g_iou {iou[kernel, edge]:.4f}"
+    return KdeModel(sigma_m=SIGMAS_M[kernel], threshold_per_m2=float(np.exp(edges[edge + 1])), tuned_on=what)
+
+
+def _count_tile(
+    counts: NDArray[np.int64], edges: NDArray[np.float64], models: list[Layer], cube: CubeReader, labels: RoadMap,
+    tile: TileIndex, px: int,
+) -> None:  # fmt: skip
+    row, col = tile.row * px, tile.col * px
+    road, known = labels.window(row, col, px, px)
+    if not known.any():
+        return
+    halo = halo_px(models)
+    sums = cube.sums(models, row - halo, col - halo, px + 2 * halo, px + 2 * halo)
+    with np.errstate(divide="ignore"):
+        density = np.log(render(sums, models, halo))
+    for k in range(len(models)):
+        for truth in (0, 1):
+            counts[k, truth] += np.histogram(density[k][known & (road == bool(truth))], edges)[0]

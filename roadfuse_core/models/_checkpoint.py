@@ -1,0 +1,89 @@
+"""A checkpoint: weights as safetensors, with everything needed to rebuild and feed the network inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.models._config import NetworkConfig
+from roadfuse_core.models._dlinknet import DLinkNet34, build_network
+
+__all__ = ["CheckpointInfo", "load_checkpoint", "read_checkpoint_info", "save_checkpoint"]
+
+
+class CheckpointInfo(BaseModel):
+    """What travels with the weights.
+
+    Attributes:
+        network: How to rebuild the network.
+        layers: The GPS layers it was trained on, as the cubes' renderer takes them, in channel order.
+        resolution_m: Pixel size that it was trained at.
+        window_px: Window size that it was trained at.
+        recipe: The training recipe, seeds included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: NetworkConfig
+    layers: list[dict[str, object]]
+    resolution_m: float
+    window_px: int
+    recipe: dict[str, object]
+
+
+def save_checkpoint(path: Path, network: DLinkNet34, info: CheckpointInfo, half: bool = True) -> None:
+    """Write weights and configuration to one file.
+
+    Args:
+        path: Ends in .safetensors.
+        network: The network.
+        info: Its configuration; `info.network` must be the network's.
+        half: Store floating-point weights as float16 (half the size, exact to 11 bits).
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    save_file(state, path, metadata={"roadfuse": info.model_dump_json()})
+
+
+def read_checkpoint_info(path: Path) -> CheckpointInfo:
+    """The configuration inside a checkpoint, without its weights.
+
+    Raises:
+        ConfigError: The file is missing or is not a RoadFuse checkpoint.
+    """
+    if not path.is_file():
+        raise ConfigError("model.weights", str(path), "does not exist", "give a .safetensors checkpoint or `default`")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {})["roadfuse"]
+        return CheckpointInfo.model_validate(json.loads(text))
+    except (SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            "model.weights", str(path), f"is not a RoadFuse checkpoint ({type(error).__name__})",
+            "give a file written by this version's training",
+        ) from error  # fmt: skip
+
+
+def load_checkpoint(path: Path) -> tuple[DLinkNet34, CheckpointInfo]:
+    """The network of a checkpoint, float32, in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: The file is not a checkpoint, or its weights do not fit its configuration.
+    """
+    info = read_checkpoint_info(path)
+    network = build_network(info.network)
+    with safe_open(path, "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    wanted = network.state_dict()
+    for key in sorted(wanted.keys() | state.keys()):
+        if key not in wanted or key not in state or wanted[key].shape != state[key].shape:
+            raise ConfigError("model.weights", str(path), f"does not fit its network at {key}", "train it again")
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False), info

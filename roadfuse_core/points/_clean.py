@@ -1,0 +1,191 @@
+"""Which rows count, where they fall, and why the others do not: compiled kernels over arrays."""
+
+# Numba infers the types of its kernels.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import IntEnum
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from roadfuse_core.grid import Grid, PixelProjection
+from roadfuse_core.grid._projection import horner
+from roadfuse_core.points._read import NO_TIME, Rows
+from roadfuse_core.settings import CleanSpec
+
+__all__ = ["Placed", "Reason", "judge_rows", "judge_vehicles"]
+
+Floats = NDArray[np.float64]
+HUGE = 1e300
+
+
+class Reason(IntEnum):
+    """Why a row was rejected; a row has the first reason that applies, in this order."""
+
+    KEPT = 0
+    NOT_FINITE = 1
+    NULL_ISLAND = 2
+    TIME = 3
+    SWAPPED = 4
+    OUTSIDE = 5
+    SPEED = 6
+    DUPLICATE = 7
+    TELEPORT = 8
+
+
+class Placed:
+    """Rows placed on the grid.
+
+    Attributes:
+        reason: (n,) uint8 of `Reason`.
+        col: (n,) float64 fractional pixel column, where placed.
+        row: (n,) float64 fractional pixel row.
+    """
+
+    def __init__(self, reason: NDArray[np.uint8], col: Floats, row: Floats) -> None:
+        self.reason, self.col, self.row = reason, col, row
+
+
+def judge_rows(rows: Rows, clean: CleanSpec, grid: Grid, projection: PixelProjection) -> Placed:
+    """Row-local rules, which look at one row alone, so that any split of a dump gives the same answer.
+
+    Args:
+        rows: As read.
+        clean: Which rules apply.
+        grid: The city's grid; its half-open area decides what is outside.
+        projection: From the rows' coordinates to pixels.
+
+    Returns:
+        Reason and place of each row.
+    """
+    low, high = NO_TIME, np.iinfo(np.int64).max
+    if clean.time_range:
+        low, high = (int(np.datetime64(_utc(t), "us").astype(np.int64)) for t in clean.time_range)
+    limit = clean.max_speed_kmh / 3.6 if clean.max_speed_kmh else HUGE
+    n = len(rows.x)
+    reason, col, row = np.zeros(n, np.uint8), np.zeros(n), np.zeros(n)
+    _judge_rows(rows.x, rows.y, rows.time_us, rows.speed, np.array(projection.box), projection.scale(), projection.coefficients,
+                projection.degree, grid.shape[0], grid.shape[1], clean.null_island, clean.swapped, max(low, 0), high, limit,
+                reason, col, row)  # fmt: skip
+    return Placed(reason, col, row)
+
+
+def _utc(moment: datetime) -> datetime:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC).replace(tzinfo=None)
+
+
+@njit(cache=True, nogil=True)
+def _judge_rows(
+    x, y, t, speed, box, scale, c, degree, height, width, null_island, swapped, t_low, t_high, limit, reason, col, row
+):
+    for i in range(len(x)):
+        if not (np.isfinite(x[i]) and np.isfinite(y[i])):
+            reason[i] = 1
+            continue
+        if null_island and abs(x[i]) < 1e-4 and abs(y[i]) < 1e-4:
+            reason[i] = 2
+            continue
+        if t[i] < t_low or t[i] >= t_high:
+            reason[i] = 3
+            continue
+        if not (box[0] <= x[i] < box[2] and box[1] <= y[i] < box[3]):
+            turned = box[0] <= y[i] < box[2] and box[1] <= x[i] < box[3]
+            reason[i] = 4 if swapped and turned else 5
+            continue
+        u, v = x[i] * scale[0] + scale[1], y[i] * scale[2] + scale[3]
+        col[i], row[i] = horner(u, v, c, 0, degree), horner(u, v, c, 1, degree)
+        if not (0 <= col[i] < width and 0 <= row[i] < height):
+            reason[i] = 5
+        elif speed[i] > limit:
+            reason[i] = 6
+
+
+def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, resolution_m: float, derive: bool) -> Floats:
+    """Vehicle-local rules: repeated rows, and samples that imply an impossible speed.
+
+    A sample is a teleport when it is too far from the last accepted one, unless the next sample confirms it (then the
+    vehicle was somewhere else in between: it is kept, without an interval). The first sample of a vehicle is a
+    teleport when the next two agree with each other and not with it.
+
+    Args:
+        rows: Sorted by vehicle, time and all other columns.
+        placed: Their places; `reason` is completed in place, and only rows kept so far are looked at.
+        clean: Which rules apply.
+        resolution_m: Pixel edge, metres.
+        derive: Compute intervals from the times instead of taking those read.
+
+    Returns:
+        (n,) seconds since the vehicle's previous kept sample; NaN for the first and after gaps; or the intervals read.
+    """
+    interval = np.full(len(rows.x), np.nan) if derive else rows.interval
+    limit = clean.teleport_kmh / 3.6 if clean.teleport_kmh else HUGE
+    facts = np.stack([rows.x, rows.y, rows.speed, rows.bearing, rows.interval], 1)
+    _judge_vehicles(rows.vehicle, rows.time_us, facts, placed.col * resolution_m, placed.row * resolution_m, placed.reason,
+                    clean.duplicates, limit, clean.max_gap_s, derive, interval)  # fmt: skip
+    return interval
+
+
+@njit(cache=True, nogil=True)
+def _same(facts, i, j):
+    for k in range(facts.shape[1]):
+        a, b = facts[i, k], facts[j, k]
+        if not (a == b or (np.isnan(a) and np.isnan(b))):
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _too_far(t, x, y, i, j, limit):
+    # Times are often whole seconds: shorter steps count as one second.
+    seconds = max((t[j] - t[i]) / 1e6, 1.0)
+    return np.hypot(x[j] - x[i], y[j] - y[i]) > limit * seconds
+
+
+@njit(cache=True, nogil=True)
+def _next_kept(vehicle, t, facts, reason, i, duplicates):
+    """The vehicle's next row that is neither rejected nor a repetition of i; -1 if none."""
+    j = i + 1
+    while j < len(vehicle) and vehicle[j] == vehicle[i]:
+        if reason[j] == 0 and not (duplicates and t[j] == t[i] and _same(facts, i, j)):
+            return j
+        j += 1
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _judge_vehicles(vehicle, t, facts, x, y, reason, duplicates, limit, max_gap_s, derive, interval):  # noqa: C901
+    last, before = -1, -1
+    for i in range(len(vehicle)):
+        if reason[i] != 0:
+            continue
+        if last >= 0 and vehicle[last] != vehicle[i]:
+            last = -1
+        if before >= 0 and vehicle[before] != vehicle[i]:
+            before = -1
+        if duplicates and before >= 0 and t[before] == t[i] and _same(facts, before, i):
+            reason[i] = 7
+            continue
+        before = i
+        jumped = last >= 0 and _too_far(t, x, y, last, i, limit)
+        if jumped or last < 0:
+            j = _next_kept(vehicle, t, facts, reason, i, duplicates)
+            if jumped:
+                confirmed = j >= 0 and not _too_far(t, x, y, i, j, limit) and _too_far(t, x, y, last, j, limit)
+                if not confirmed:
+                    reason[i] = 8
+                    continue
+            elif j >= 0 and _too_far(t, x, y, i, j, limit):
+                k = _next_kept(vehicle, t, facts, reason, j, duplicates)
+                if k >= 0 and not _too_far(t, x, y, j, k, limit) and _too_far(t, x, y, i, k, limit):
+                    reason[i] = 8
+                    continue
+        if derive and last >= 0 and not jumped:
+            seconds = (t[i] - t[last]) / 1e6
+            if 0 < seconds <= max_gap_s:
+                interval[i] = seconds
+        last = i

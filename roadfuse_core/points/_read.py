@@ -1,0 +1,148 @@
+"""DuckDB reads rows of any source into six plain columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from roadfuse_core.errors import DataError
+from roadfuse_core.settings import PointsSpec
+
+__all__ = ["METRES_PER_SECOND", "Rows", "read_rows"]
+
+METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
+NO_TIME = np.iinfo(np.int64).min
+ABSENT = ["", "None", "none", "NULL", "null", "NaN", "nan", "NA"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as read, nothing judged yet.
+
+    Attributes:
+        vehicle: (n,) int64, a hash; 0 for all where there is no such column.
+        x: (n,) longitude or easting; NaN where absent or not a number.
+        y: (n,) latitude or northing.
+        time_us: (n,) int64 microseconds since 1970 UTC; the smallest int64 where absent.
+        speed: (n,) m/s, NaN where absent.
+        bearing: (n,) degrees, NaN where absent.
+        interval: (n,) seconds, NaN where absent.
+    """
+
+    vehicle: NDArray[np.int64]
+    x: Floats
+    y: Floats
+    time_us: NDArray[np.int64]
+    speed: Floats
+    bearing: Floats
+    interval: Floats
+
+
+def read_rows(
+    spec: PointsSpec,
+    paths: list[str],
+    bucket: int,
+    buckets: int,
+    ordered: bool,
+    scratch: Path,
+    limit: int | None = None,
+) -> Rows:
+    """The rows of some files, or of one bucket of their vehicles.
+
+    Args:
+        spec: How the files are laid out.
+        paths: All Parquet or all text.
+        bucket: Which vehicles, by hash, out of `buckets`.
+        buckets: 1 reads every row.
+        ordered: Sort by vehicle, time and all other columns, so that the order is the same for any split into files.
+        scratch: Where DuckDB spills.
+        limit: Read no more rows than this; for a look at a file.
+
+    Raises:
+        DataError: DuckDB cannot read a file.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = ?", [spec.time_zone])
+        connection.execute("SET temp_directory = ?", [str(scratch)])
+        connection.execute("SET threads = 1")
+        connection.execute("SET preserve_insertion_order = false")
+        try:
+            table = _select(connection, spec, paths, bucket, buckets, ordered, limit)
+        except duckdb.Error as error:
+            line = str(error).split("\n")[0]
+            raise DataError(
+                f"points.sources: cannot read {paths[0]} and {len(paths) - 1} more ({line}); check the file"
+            ) from error
+    return Rows(*(table.column(k).to_numpy() for k in range(7)))
+
+
+def _select(
+    connection: duckdb.DuckDBPyConnection, spec: PointsSpec, paths: list[str], bucket: int, buckets: int, ordered: bool,
+    limit: int | None,
+) -> pa.Table:  # fmt: skip
+    source, parameters = _source(spec, paths)
+    described = connection.execute(f"DESCRIBE SELECT * FROM {source}", parameters).fetchall()
+    types = {row[0]: row[1] for row in described}
+    c = spec.columns
+    vehicle = f"hash({_name(c.vehicle)})" if c.vehicle else "0::UBIGINT"
+    factor = METRES_PER_SECOND[spec.speed_unit]
+    columns = [
+        f"({vehicle} >> 1)::BIGINT AS vehicle",
+        f"{_number(c.lon)} AS x",
+        f"{_number(c.lat)} AS y",
+        f"{_time(spec, types)} AS time_us",
+        f"{_number(c.speed)} * {factor!r} AS speed",
+        f"{_number(c.bearing)} AS bearing",
+        f"{_number(c.interval)} AS interval_s",
+    ]
+    where = f"WHERE {vehicle} % {int(buckets)} = {int(bucket)}" if buckets > 1 else ""
+    order = "ORDER BY vehicle, time_us, x, y, speed, bearing, interval_s" if ordered else ""
+    some = f"LIMIT {int(limit)}" if limit else ""
+    query = f"SELECT {', '.join(columns)} FROM {source} {where} {order} {some}"
+    return connection.sql(query, params=parameters).to_arrow_table()
+
+
+def _source(spec: PointsSpec, paths: list[str]) -> tuple[str, list[object]]:
+    named = "true" if spec.columns.vehicle == "filename" else "false"
+    if paths[0].lower().endswith((".parquet", ".pq")):
+        return f"read_parquet(?, union_by_name = true, filename = {named}, hive_partitioning = false)", [paths]
+    csv = spec.csv
+    header = "true" if csv.header else "false"
+    layout = f"delim = ?, header = {header}, all_varchar = true, nullstr = ?, null_padding = true, filename = {named}"
+    # Without `auto_detect = false` DuckDB guesses quotes and line ends from a sample; columns are then named explicitly.
+    if csv.header:
+        return f"read_csv(?, {layout}, union_by_name = true)", [paths, csv.delimiter, ABSENT]
+    columns = ", ".join(f"{_name(n)}: 'VARCHAR'" for n in csv.names)
+    return f"read_csv(?, {layout}, auto_detect = false, columns = {{{columns}}})", [paths, csv.delimiter, ABSENT]
+
+
+def _name(column: str | None) -> str:
+    return '"' + (column or "").replace('"', '""') + '"'
+
+
+def _number(column: str | None) -> str:
+    return f"coalesce(TRY_CAST({_name(column)} AS DOUBLE), 'nan'::DOUBLE)" if column else "'nan'::DOUBLE"
+
+
+def _time(spec: PointsSpec, types: dict[str, str]) -> str:
+    if spec.columns.time is None:
+        return "0::BIGINT"
+    column, unit = _name(spec.columns.time), {"s": 1e6, "ms": 1e3}[spec.time_unit]
+    numeric = f"TRY_CAST(round(TRY_CAST({column} AS DOUBLE) * {unit!r}) AS BIGINT)"
+    stamp = f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ))"
+    kind = types.get(spec.columns.time, "VARCHAR")
+    if kind.startswith(("TIMESTAMP", "DATE")):
+        value = stamp
+    elif kind == "VARCHAR":
+        value = f"coalesce({numeric}, {stamp})"
+    else:
+        value = numeric
+    return f"coalesce({value}, {NO_TIME + 1} - 1)"

@@ -1,0 +1,136 @@
+"""Overviews of a city, reduced block by block so that a large one needs no more memory than a small one."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from roadfuse_core.cubes import CubeReader, cubes_path
+from roadfuse_core.grid import Grid
+from roadfuse_core.imagery import ImageryReader, find_imagery
+from roadfuse_core.inference import MapReader
+from roadfuse_core.labels import open_map
+from roadfuse_core.settings import City
+
+__all__ = ["Picture", "overview_pictures"]
+
+LONGEST_PX = 1024
+HEAT = np.array([[8, 8, 20], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]], float)
+SLACK_M = 10.0
+Floats = NDArray[np.float32]
+Paint = Callable[[int, int, int, int], Floats]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A captioned picture.
+
+    Attributes:
+        title: A few words.
+        caption: What the colours mean.
+        source: A data URI.
+    """
+
+    title: str
+    caption: str
+    source: str
+
+
+def overview_pictures(city: City) -> list[Picture]:
+    """Image, points, probability, truth, errors, and the change against the existing map, as far as the city has them."""
+    grid = city.make_grid()
+    read = MapReader(city)
+    out = []
+    if city.imagery:
+        images = ImageryReader(city.imagery, find_imagery(city), grid)
+        out.append(_picture(grid, lambda *w: images.window(*w)[0], "Image", "What the camera saw; black where there is none."))
+    if city.points:
+        cube = CubeReader(cubes_path(city))
+        heat = _heat(_reduce(grid, lambda *w: cube.window("count", *w)[None].astype(np.float32), np.max))
+        out.append(Picture("Vehicles", "Points per pixel, dark to light on a logarithmic scale.", _encode(heat)))
+    out.append(_picture(grid, lambda *w: _grey(read, *w), "Road probability", "Black 0, white 1; blue where nothing is known."))
+    if "roads" in city.labels:
+        labels = open_map(city, city.labels["roads"], "labels.roads", grid)
+        out.append(_picture(grid, lambda *w: _truth(*labels.window(*w)), "Truth", "White is road; blue is unknown."))
+        out.append(_picture(grid, lambda *w: _errors(read, *labels.window(*w), w), "Errors",
+                            "Green found, red claimed but not there, blue missed."))  # fmt: skip
+    if city.existing_map:
+        old = open_map(city, city.existing_map, "existing_map", grid)
+        slack = round(SLACK_M / grid.resolution_m)
+        caption = f"Grey in both, orange new, purple perhaps gone (more than {SLACK_M:.0f} m from the other)."
+        out.append(_picture(grid, lambda *w: _change(read, old.window(*w)[0], w, slack), "Against the existing map", caption))
+    return out
+
+
+def _picture(grid: Grid, paint: Paint, title: str, caption: str) -> Picture:
+    return Picture(title, caption, _encode(_reduce(grid, paint, np.mean)))
+
+
+def _reduce(grid: Grid, paint: Paint, how: Callable[..., Floats]) -> Floats:
+    """(C, h, w): every factor² pixels become one, by tile rows."""
+    height, width = grid.shape
+    factor = max(1, -(-max(height, width) // LONGEST_PX))
+    while grid.tile_px % factor:
+        factor += 1
+    px, rows = grid.tile_px, []
+    for r in range(0, height, px):
+        strip = [paint(r, c, px, px) for c in range(0, width, px)]
+        small = [how(s.reshape(len(s), px // factor, factor, px // factor, factor), axis=(2, 4)) for s in strip]
+        rows.append(np.concatenate(small, 2))
+    return np.concatenate(rows, 1)
+
+
+def _heat(count: Floats) -> Floats:
+    top = np.log1p(max(float(np.quantile(count[count > 0], 0.995)) if (count > 0).any() else 1.0, 1.0))
+    level = (np.log1p(count[0]) / top).clip(0, 1) * (len(HEAT) - 1)
+    return np.stack([np.interp(level, np.arange(len(HEAT)), HEAT[:, k]) for k in range(3)]).astype(np.float32)
+
+
+def _colours(shape: tuple[int, ...], *pairs: tuple[NDArray[np.bool_], tuple[int, int, int]]) -> Floats:
+    out = np.full((3, *shape), 14, np.float32)
+    for mask, colour in pairs:
+        out[:, mask] = np.array(colour, np.float32)[:, None]
+    return out
+
+
+def _grey(read: MapReader, *where: int) -> Floats:
+    p = read.window("probability", *where)
+    out = np.repeat(p[None].astype(np.float32), 3, 0)
+    out[:, p == 255] = np.array([[24], [34], [60]])
+    return out
+
+
+def _truth(road: NDArray[np.bool_], known: NDArray[np.bool_]) -> Floats:
+    return _colours(road.shape, (road, (240, 240, 240)), (~known, (24, 34, 60)))
+
+
+def _errors(read: MapReader, road: NDArray[np.bool_], known: NDArray[np.bool_], where: tuple[int, ...]) -> Floats:
+    p = (read.window("road", *where) == 1) & known
+    return _colours(
+        road.shape,
+        (p & road, (70, 200, 110)),
+        (p & ~road, (235, 70, 60)),
+        (~p & road, (70, 130, 250)),
+        (~known, (24, 34, 60)),
+    )
+
+
+def _change(read: MapReader, old: NDArray[np.bool_], where: tuple[int, ...], slack: int) -> Floats:
+    new = read.window("road", *where) == 1
+    near_old, near_new = (ndimage.distance_transform_edt(~m) <= slack if m.any() else m for m in (old, new))
+    return _colours(
+        old.shape, (old | new, (110, 110, 110)), (new & ~near_old, (250, 160, 40)), (old & ~near_new, (170, 90, 230))
+    )
+
+
+def _encode(rgb: Floats) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(rgb.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(buffer, "WEBP", quality=82)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,235 @@
+"""The city file: one YAML a city, checked before anything else happens."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from roadfuse_core.errors import ConfigError, RoadFuseError
+from roadfuse_core.grid import Bounds, Grid, make_grid
+
+__all__ = [
+    "City",
+    "CleanSpec",
+    "ClusterSpec",
+    "ColumnSpec",
+    "CsvSpec",
+    "GridSpec",
+    "ImagerySpec",
+    "InvalidCityError",
+    "MapSpec",
+    "ModelSpec",
+    "PointsSpec",
+    "load_city",
+]
+
+
+class InvalidCityError(RoadFuseError, ValueError):
+    """A city file with one or more wrong keys; one line each."""
+
+    exit_code = 2
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GridSpec(_Spec):
+    """The area of the map and its pixels."""
+
+    bounds: tuple[float, float, float, float] = Field(description="west, south, east, north; degrees, WGS-84")
+    crs: str | None = Field(None, description="a projected CRS in metres; by default the UTM zone of the centre")
+    resolution_m: float = Field(0.5, gt=0, le=100, description="pixel edge, metres")
+    tile_px: Literal[64, 128, 256, 512, 1024, 2048] = Field(1024, description="tile edge, pixels")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GridSpec:
+        west, south, east, north = self.bounds
+        if not (-180 <= west < east <= 180 and -85 <= south < north <= 85):
+            raise ValueError("bounds must be [west, south, east, north] in degrees with west < east and south < north")
+        return self
+
+
+class ColumnSpec(_Spec):
+    """Which column holds what; only the position is required."""
+
+    lon: str = Field(description="longitude, or x of a projected `crs`")
+    lat: str = Field(description="latitude, or y of a projected `crs`")
+    time: str | None = Field(None, description="time stamp; without it `period` must be `all`")
+    vehicle: str | None = Field(None, description="vehicle or trip; `filename` means one vehicle a file")
+    speed: str | None = Field(None, description="speed in `speed_unit`")
+    bearing: str | None = Field(None, description="degrees clockwise from north")
+    interval: str | None = Field(None, description="seconds since the vehicle's previous sample; derived if absent")
+
+
+class CsvSpec(_Spec):
+    """How text files are laid out."""
+
+    delimiter: str = Field(",", min_length=1, max_length=1, description="column separator")
+    header: bool = Field(True, description="whether the first line holds the column names")
+    names: tuple[str, ...] = Field((), description="column names, for files without a header")
+
+
+class CleanSpec(_Spec):
+    """Which rows are rejected; every reason can be switched off."""
+
+    null_island: bool = Field(True, description="reject positions at 0, 0")
+    swapped: bool = Field(True, description="reject rows that lie in the city only with x and y exchanged")
+    duplicates: bool = Field(True, description="reject repeated rows of a vehicle")
+    max_speed_kmh: float | None = Field(250, gt=0, description="reject rows that report more; null keeps all")
+    teleport_kmh: float | None = Field(250, gt=0, description="reject samples that imply more; null keeps all")
+    max_gap_s: float = Field(600, gt=0, description="longer gaps give no interval")
+    time_range: tuple[datetime, datetime] | None = Field(None, description="reject rows outside [from, to)")
+
+
+class PointsSpec(_Spec):
+    """Trajectory dumps and how to read them."""
+
+    sources: tuple[str, ...] = Field(min_length=1, description="files or globs, Parquet, CSV, gz, or `archive.zip::pattern`")
+    columns: ColumnSpec
+    crs: str = Field("EPSG:4326", description="CRS of the positions")
+    speed_unit: Literal["km/h", "m/s", "mph", "m/min", "knots"] = Field("km/h", description="unit of `speed`")
+    time_unit: Literal["s", "ms"] = Field("s", description="unit of numeric times since 1970")
+    time_zone: str = Field("UTC", description="zone of times that state none")
+    period: Literal["day", "week", "month", "all"] = Field("month", description="time resolution of the cube")
+    csv: CsvSpec = Field(CsvSpec(), description="layout of text files")
+    clean: CleanSpec = Field(CleanSpec(), description="what is rejected")
+
+    @model_validator(mode="after")
+    def _time_for_periods(self) -> PointsSpec:
+        if self.columns.time is None and self.period != "all":
+            raise ValueError(f"period {self.period!r} needs columns.time; name the column or set period: all")
+        return self
+
+
+class ImagerySpec(_Spec):
+    """Aerial or satellite images in any CRS and resolution."""
+
+    sources: tuple[str, ...] = Field(min_length=1, description="files or globs that GDAL reads")
+    crs: str | None = Field(None, description="CRS, where the files do not say (a PNG with a world file)")
+    nodata: float | None = Field(None, description="value of missing pixels where the files do not say")
+    value_range: tuple[float, float] | None = Field(None, description="values shown as black and white; 0, 255 for bytes")
+
+
+class MapSpec(_Spec):
+    """A map of roads: a raster mask, or lines drawn at a width."""
+
+    path: str = Field(description="raster, GeoPackage, GeoJSON, GeoParquet, or a zip of vertices and edges as text")
+    crs: str | None = Field(None, description="CRS, where the file does not say")
+    width_m: float = Field(8.0, gt=0, le=100, description="width at which lines are drawn")
+    width: str | None = Field(None, description="column with each line's width in metres, instead of `width_m`")
+
+
+class ModelSpec(_Spec):
+    """Who predicts."""
+
+    weights: str = Field("default", description="`default`, `kde`, a checkpoint (.safetensors) or a tuned KDE (.json)")
+    threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a pixel is road")
+    batch: int = Field(8, ge=1, le=256, description="windows a forward pass")
+
+
+class ClusterSpec(_Spec):
+    """Where the work runs."""
+
+    kind: str = Field("auto", pattern=r"^(auto|local|cuda|(tcp|tls|ucx)://.+)$",
+                      description="auto, local, cuda, or a Dask scheduler's address")  # fmt: skip
+    workers: int | None = Field(None, ge=1, description="local processes; by default one a core or GPU")
+
+
+class City(_Spec):
+    """A city: its area, its evidence, its labels, and how to run it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="lower case, digits and hyphens")]
+    workspace: str = Field(description="folder for cubes, maps and reports")
+    grid: GridSpec
+    points: PointsSpec | None = Field(None, description="trajectories; optional where there is imagery")
+    imagery: ImagerySpec | None = Field(None, description="images; optional where there are trajectories")
+    labels: dict[Literal["roads"], MapSpec] = Field({}, description="the truth, for scores")
+    existing_map: MapSpec | None = Field(None, description="the map that the new one is compared with")
+    model: ModelSpec = Field(ModelSpec(), description="who predicts")
+    cluster: ClusterSpec = Field(ClusterSpec(), description="where the work runs")
+    root: Path = Field(Path(), exclude=True, description="folder of the city file; relative paths start here")
+
+    @model_validator(mode="after")
+    def _some_evidence(self) -> City:
+        if self.points is None and self.imagery is None:
+            raise ValueError("a city needs points or imagery; add one of them")
+        if "://" in self.workspace:
+            raise ValueError("workspace must be a local folder")
+        return self
+
+    def path(self, text: str) -> Path:
+        """A path of the city file, made absolute."""
+        return (self.root / Path(text).expanduser()).resolve() if not os.path.isabs(text) else Path(text)
+
+    @property
+    def workspace_path(self) -> Path:
+        """The workspace, absolute."""
+        return self.path(self.workspace)
+
+    def make_grid(self) -> Grid:
+        """The city's grid."""
+        g = self.grid
+        return make_grid(Bounds(*g.bounds), g.resolution_m, g.tile_px, g.crs)
+
+
+def load_city(path: Path) -> City:
+    """Read and validate a city file.
+
+    Raises:
+        ConfigError: The file is missing or is not YAML.
+        InvalidCityError: Keys are unknown, missing or wrong; one line each, with the key, the value and the fix.
+    """
+    if not path.is_file():
+        raise ConfigError("city file", str(path), "does not exist", "give the path of a city.yaml")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = str(error).replace("\n", " ")
+        raise ConfigError("city file", str(path), f"is not YAML ({where})", "correct it there") from error
+    if not isinstance(raw, dict) or "root" in raw:
+        raise ConfigError("city file", str(path), "is not a mapping of city keys", "start from the example in README.md")
+    if isinstance(raw.get("labels"), dict):
+        raw["labels"] = {k: {"path": v} if isinstance(v, str) else v for k, v in raw["labels"].items()}
+    if isinstance(raw.get("existing_map"), str):
+        raw["existing_map"] = {"path": raw["existing_map"]}
+    try:
+        return City.model_validate(raw | {"root": path.resolve().parent})
+    except ValidationError as error:
+        raise InvalidCityError("\n".join(_line(e) for e in error.errors())) from error
+
+
+def _line(error: Any) -> str:
+    """One wrong key as `key: value problem; fix`."""
+    parts = [str(p) for p in error["loc"]]
+    key = ".".join(p for p in parts if p != "[key]") or "city file"
+    kind, value = error["type"], error["input"]
+    shown = repr(value) if not isinstance(value, dict) else "{" + ", ".join(map(str, value)) + "}"
+    if kind == "extra_forbidden":
+        known = _keys_beside(parts)
+        near = difflib.get_close_matches(parts[-1], known, 1)
+        fix = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{key}: {shown} is an unknown key; {fix}"
+    if kind == "missing":
+        return f"{key}: is missing; add it"
+    if kind == "literal_error":
+        return f"{key}: {shown} is not a known value; use {error['ctx']['expected']}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {shown} is wrong; {message[0].lower()}{message[1:]}"
+
+
+def _keys_beside(parts: list[str]) -> list[str]:
+    model: Any = City
+    for part in parts[:-1]:
+        annotation = (
+            model.model_fields[part].annotation if hasattr(model, "model_fields") and part in model.model_fields else model
+        )
+        options = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
+        model = options[0] if options else MapSpec
+    return [k for k in model.model_fields if k != "root"]

@@ -1,0 +1,1 @@
+"""Shipped weights with their recipes; see README.md beside this file."""

@@ -1,0 +1,1 @@
+"""Thin Prefect tasks round core functions."""
