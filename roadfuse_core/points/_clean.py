@@ -122,7 +122,7 @@ def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, resolution_m: f
     Returns:
         (n,) seconds since the vehicle's previous kept sample; NaN for the first and after gaps; or the intervals read.
     """
-    interval = np.full(len(rows.x), np.nan) if derive else rows.interval
+    interval = np.full(len(rows.x), np.nan) if derive else rows.interval.copy()
     limit = clean.teleport_kmh / 3.6 if clean.teleport_kmh else HUGE
     facts = np.stack([rows.x, rows.y, rows.speed, rows.bearing, rows.interval], 1)
     _judge_vehicles(rows.vehicle, rows.time_us, facts, placed.col * resolution_m, placed.row * resolution_m, placed.reason,

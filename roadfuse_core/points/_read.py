@@ -81,7 +81,8 @@ def read_rows(
             raise DataError(
                 f"points.sources: cannot read {paths[0]} and {len(paths) - 1} more ({line}); check the file"
             ) from error
-    return Rows(*(table.column(k).to_numpy() for k in range(7)))
+    # Arrow lends single chunks read-only, and the kernels are compiled for writable arrays.
+    return Rows(*(np.require(table.column(k).to_numpy(), requirements="W") for k in range(7)))
 
 
 def _select(
