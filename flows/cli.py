@@ -21,6 +21,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(help="City road maps from aerial images and vehicle trajectories.", no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False)  # fmt: skip
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 200
 CityFile = Annotated[Path, typer.Argument(metavar="CITY.yaml", help="The city file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 

@@ -88,7 +88,7 @@ class Grid:
 
     def window_geobox(self, row: int, col: int, height: int, width: int) -> GeoBox:
         """GeoBox of a pixel rectangle, which may reach past the grid's rim."""
-        return GeoBox((height, width), self.affine * Affine.translation(col, row), self.crs)
+        return GeoBox((height, width), self.affine @ Affine.translation(col, row), self.crs)
 
     def tiles(self) -> list[TileIndex]:
         """All tiles, row-major."""

@@ -58,7 +58,7 @@ def draw_city(knobs: CityKnobs) -> TrainingCity:
     pieces = []
     for table, _ in city.points(0):
         east, north = to_grid.transform(table["lon"].to_numpy(), table["lat"].to_numpy())  # type: ignore[index]
-        col, row = ~city.grid.affine * (east, north)
+        col, row = ~city.grid.affine @ (east, north)
         inside = (row >= 0) & (col >= 0) & (row < height) & (col < width)
         pieces.append(np.stack([row, col], 1)[inside].astype(np.float32))
     points: Floats = np.concatenate(pieces)

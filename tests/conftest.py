@@ -1,0 +1,41 @@
+"""Shared cities: small, simulated once a session."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from roadfuse_core.settings import City, load_city
+from roadfuse_core.simulate import CityKnobs, simulate_city
+
+settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("suite")
+
+SMALL = CityKnobs(seed=3, size_m=512, tile_px=128, days=3, points_per_day=3000)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory) -> Path:
+    """A 512 m city on disk; read-only for tests."""
+    return simulate_city(tmp_path_factory.mktemp("city"), SMALL).parent
+
+
+@pytest.fixture
+def small_city(simulated: Path, tmp_path: Path) -> City:
+    """The small city with a workspace of its own."""
+    shutil.copy(simulated / "city.yaml", tmp_path / "city.yaml")
+    for name in ("dumps", "imagery", "truth"):
+        (tmp_path / name).symlink_to(simulated / name)
+    (tmp_path / "old_map.gpkg").symlink_to(simulated / "old_map.gpkg")
+    return load_city(tmp_path / "city.yaml")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real, dirty data beside the project; the test is skipped where there is none."""
+    path = Path(os.environ.get("ROADFUSE_DATA", Path(__file__).parents[2] / "shared/data"))
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path}; set ROADFUSE_DATA")
+    return path

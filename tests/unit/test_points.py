@@ -1,0 +1,361 @@
+"""Reading, judging and adding up: laws on any split, and the dirt that real dumps hold."""
+
+import gzip
+import zipfile
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyproj import Transformer
+
+from roadfuse_core.errors import ConfigError, DataError
+from roadfuse_core.grid import Grid, fit_projection
+from roadfuse_core.points import (
+    METRES_PER_SECOND,
+    Reason,
+    Rows,
+    Slice,
+    aggregate,
+    find_sources,
+    judge_rows,
+    judge_vehicles,
+    map_slice,
+    period_of,
+    read_rows,
+)
+from roadfuse_core.settings import City, CleanSpec, PointsSpec
+
+GRID = Grid("EPSG:32633", 1.0, 64, 5000, 82_000, 4, 4)
+SPEC = PointsSpec(
+    sources=("x",),
+    columns={"vehicle": "v", "lon": "lon", "lat": "lat", "time": "t", "speed": "s", "bearing": "b", "interval": "i"},
+)
+BACK = Transformer.from_crs(GRID.crs, "EPSG:4326", always_xy=True)
+
+
+def place(col, row):
+    """Longitude and latitude of fractional pixels."""
+    return BACK.transform(*(GRID.affine @ (np.asarray(col, float), np.asarray(row, float))))
+
+
+def make_rows(seed, n=200):
+    rng = np.random.default_rng(seed)
+    lon, lat = place(rng.uniform(-20, 276, n), rng.uniform(-20, 276, n))
+    lon[rng.random(n) < 0.05] = np.nan
+    return Rows(
+        vehicle=rng.integers(0, 9, n),
+        x=lon,
+        y=lat,
+        time_us=rng.integers(1.6e15, 1.62e15, n),
+        speed=np.where(rng.random(n) < 0.1, np.nan, rng.uniform(0, 90, n)),
+        bearing=np.where(rng.random(n) < 0.1, np.nan, rng.uniform(-10, 370, n)),
+        interval=np.where(rng.random(n) < 0.1, np.nan, rng.uniform(0, 99, n)),
+    )
+
+
+def take(rows, index):
+    return Rows(*(getattr(rows, f)[index] for f in Rows.__dataclass_fields__))
+
+
+def judged(rows):
+    return judge_rows(rows, SPEC.clean, GRID, fit_projection(GRID))
+
+
+def totals(tables):
+    """Sums by (tile, period, pixel) over tables."""
+    out = {}
+    for table in tables:
+        for r in table.to_pylist():
+            key = (r.pop("tile"), r.pop("period"), r.pop("pixel"))
+            out[key] = {k: out.get(key, {}).get(k, 0) + v for k, v in r.items()}
+    return out
+
+
+@given(st.integers(0, 500), st.lists(st.integers(0, 3), min_size=200, max_size=200))
+@settings(max_examples=25)
+def test_row_local_sums_are_the_same_for_any_split(seed, owner):
+    rows = make_rows(seed)
+    whole = aggregate(rows, judged(rows), rows.interval, SPEC, GRID)
+    parts = []
+    for k in range(4):
+        part = take(rows, np.flatnonzero(np.array(owner) == k))
+        parts.append(aggregate(part, judged(part), part.interval, SPEC, GRID))
+    assert totals(parts) == totals([whole])
+
+
+@given(st.integers(0, 500))
+@settings(max_examples=25)
+def test_rows_read_are_kept_or_rejected_and_kept_are_counted(seed):
+    rows = make_rows(seed)
+    placed = judged(rows)
+    table = aggregate(rows, placed, rows.interval, SPEC, GRID)
+    assert np.bincount(placed.reason).sum() == len(rows.x)
+    assert table["count"].to_numpy().sum() == (placed.reason == Reason.KEPT).sum()
+
+
+def test_sums_equal_a_plain_loop():
+    rows = make_rows(1)
+    placed = judged(rows)
+    expected = {}
+    p = fit_projection(GRID)
+    for k in range(len(rows.x)):
+        if not np.isfinite(rows.x[k]):
+            continue
+        col, row = (float(a[0]) for a in p.pixels(rows.x[k : k + 1], rows.y[k : k + 1]))
+        if not (0 <= col < 256 and 0 <= row < 256) or rows.speed[k] > 250 / 3.6:
+            continue
+        key = (int(row) // 64 * 4 + int(col) // 64, int(period_of(rows.time_us[k : k + 1], "month")[0]), int(row) % 64 * 64 + int(col) % 64)
+        e = expected.setdefault(key, dict.fromkeys(("count", "speed_sum", "speed_count", "sin_sum", "cos_sum", "bearing_count",
+                                                    "interval_sum", "interval_count"), 0))  # fmt: skip
+        e["count"] += 1
+        if np.isfinite(rows.speed[k]):
+            e["speed_sum"] += round(rows.speed[k] * 1000)
+            e["speed_count"] += 1
+        if np.isfinite(rows.bearing[k]):
+            angle = np.radians(round(rows.bearing[k] * 100) % 36_000 / 100)
+            e["sin_sum"] += round(np.sin(angle) * 10_000)
+            e["cos_sum"] += round(np.cos(angle) * 10_000)
+            e["bearing_count"] += 1
+        if np.isfinite(rows.interval[k]):
+            e["interval_sum"] += round(rows.interval[k] * 1000)
+            e["interval_count"] += 1
+    assert totals([aggregate(rows, placed, rows.interval, SPEC, GRID)]) == expected
+
+
+def one(x=None, y=None, t=1.6e15, speed=10.0):
+    lon, lat = place([100.5], [100.5])
+    return Rows(np.zeros(1, np.int64), np.array([lon[0] if x is None else x]), np.array([lat[0] if y is None else y]),
+                np.array([t], np.int64), np.array([speed]), np.full(1, np.nan), np.full(1, np.nan))  # fmt: skip
+
+
+LON, LAT = (float(v[0]) for v in place([100.5], [100.5]))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (one(), Reason.KEPT),
+        (one(x=np.nan), Reason.NOT_FINITE),
+        (one(y=np.inf), Reason.NOT_FINITE),
+        (one(x=0.0, y=0.0), Reason.NULL_ISLAND),
+        (one(x=LAT, y=LON), Reason.SWAPPED),
+        (one(x=LON + 1), Reason.OUTSIDE),
+        (one(speed=70.0), Reason.SPEED),
+        (one(t=np.iinfo(np.int64).min), Reason.TIME),
+        (one(t=-5), Reason.TIME),
+    ],
+)
+def test_reasons(row, reason):
+    assert judged(row).reason[0] == reason
+
+
+@pytest.mark.parametrize(
+    ("off", "row", "reason"),
+    [
+        ({"null_island": False}, one(x=0.0, y=0.0), Reason.OUTSIDE),
+        ({"swapped": False}, one(x=LAT, y=LON), Reason.OUTSIDE),
+        ({"max_speed_kmh": None}, one(speed=70.0), Reason.KEPT),
+        ({"time_range": (datetime(2021, 1, 1), datetime(2021, 2, 1))}, one(), Reason.TIME),
+    ],
+)
+def test_rules_can_be_switched(off, row, reason):
+    assert judge_rows(row, CleanSpec(**off), GRID, fit_projection(GRID)).reason[0] == reason
+
+
+def test_edges_are_half_open():
+    p = fit_projection(GRID)
+    rng = np.random.default_rng(0)
+    lon, lat = place(rng.uniform(-1, 257, 20_000), rng.uniform(-1, 257, 20_000))
+    n = len(lon)
+    nothing = np.full(n, np.nan)
+    rows = Rows(np.zeros(n, np.int64), lon, lat, np.full(n, 10**15), nothing, nothing, nothing)
+    col, row = p.pixels(lon, lat)
+    inside = (np.floor(col) >= 0) & (np.floor(col) < 256) & (np.floor(row) >= 0) & (np.floor(row) < 256)
+    assert np.array_equal(judged(rows).reason == Reason.KEPT, inside)
+
+
+def drive(cols, seconds, vehicle=None, row=100.0):
+    n = len(cols)
+    lon, lat = place(cols, np.full(n, row))
+    nothing = np.full(n, np.nan)
+    ids = np.zeros(n, np.int64) if vehicle is None else np.array(vehicle)
+    return Rows(ids, lon, lat, (1.6e15 + np.array(seconds) * 1e6).astype(np.int64), nothing, nothing, nothing)
+
+
+def vehicle_reasons(rows, **clean):
+    placed = judged(rows)
+    interval = judge_vehicles(rows, placed, CleanSpec(**clean), 1.0, True)
+    return placed.reason.tolist(), interval.tolist()
+
+
+def test_a_lone_spike_is_a_teleport():
+    reason, interval = vehicle_reasons(drive([10, 20, 250, 30, 40], [0, 1, 2, 3, 4]))
+    assert reason == [0, 0, 8, 0, 0]
+    assert interval[3] == 2.0
+    assert np.isnan(interval[0])
+
+
+def test_a_jump_that_the_next_sample_confirms_is_kept_without_an_interval():
+    reason, interval = vehicle_reasons(drive([10, 20, 240, 245, 250], [0, 1, 2, 3, 4]))
+    assert reason == [0] * 5
+    assert np.isnan(interval[2])
+    assert interval[3] == 1.0
+
+
+def test_a_first_sample_elsewhere_is_a_teleport():
+    assert vehicle_reasons(drive([250, 10, 15, 20], [0, 1, 2, 3]))[0] == [8, 0, 0, 0]
+
+
+def test_repetitions_are_rejected_once_and_other_vehicles_are_not():
+    reason, _ = vehicle_reasons(drive([10, 10, 10, 10], [0, 0, 0, 0], [1, 1, 1, 2]))
+    assert reason == [0, 7, 7, 0]
+    assert vehicle_reasons(drive([10, 10], [0, 0]), duplicates=False)[0] == [0, 0]
+
+
+def test_long_gaps_give_no_interval():
+    _, interval = vehicle_reasons(drive([10, 12, 14], [0, 599, 1300]))
+    assert interval[1] == 599
+    assert np.isnan(interval[2])
+
+
+def write_dump(folder: Path, table: pa.Table, parts: int, seed: int) -> tuple[str, ...]:
+    rng = np.random.default_rng(seed)
+    table = table.take(rng.permutation(table.num_rows))
+    cuts = np.sort(rng.integers(0, table.num_rows, parts - 1))
+    paths = []
+    for k, (a, b) in enumerate(zip([0, *cuts], [*cuts, table.num_rows], strict=True)):
+        paths.append(str(folder / f"{seed}-{k}.parquet"))
+        pq.write_table(table.slice(a, b - a), paths[-1])
+    return tuple(paths)
+
+
+def driven_table():
+    rng = np.random.default_rng(4)
+    n = 3000
+    vehicle = np.sort(rng.integers(0, 30, n))
+    col = 20 + np.cumsum(rng.uniform(0, 3, n)) % 200
+    lon, lat = place(col, 100 + vehicle)
+    spoilt = rng.random(n) < 0.02
+    lon = np.where(spoilt, lon + 0.002, lon)
+    stamps = np.datetime64("2026-03-31T23:30:00", "ms") + (np.arange(n) * 2000).astype("timedelta64[ms]")
+    table = pa.table({"v": vehicle, "lon": lon, "lat": lat, "t": pa.array(stamps), "s": rng.uniform(0, 50, n), "b": rng.uniform(0, 360, n)})
+    return pa.concat_tables([table, table.slice(100, 50)])
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("buckets", [1, 3])
+def test_vehicle_rules_do_not_see_how_a_dump_is_split(tmp_path, parts, buckets):
+    spec = SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None})})
+    whole = map_slice(Slice(spec, GRID, write_dump(tmp_path, driven_table(), 1, 0), 0, 1, str(tmp_path / "w.parquet")))
+    paths = write_dump(tmp_path, driven_table(), parts, 9)
+    pieces = [map_slice(Slice(spec, GRID, paths, k, buckets, str(tmp_path / f"p{k}.parquet"))) for k in range(buckets)]
+    read = [pq.read_table(p.shard) for p in pieces]
+    assert totals(read) == totals([pq.read_table(whole.shard)])
+    assert 40 <= whole.reasons["duplicate"] <= 50  # fewer where the repeated row was spoilt
+    assert whole.reasons["teleport"] > 20
+    for name, count in whole.reasons.items():
+        assert sum(p.reasons[name] for p in pieces) == count
+
+
+def test_a_finished_shard_is_taken_as_it_is(tmp_path):
+    job = Slice(SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None})}), GRID,
+                write_dump(tmp_path, driven_table(), 1, 0), 0, 1, str(tmp_path / "s.parquet"))  # fmt: skip
+    first = map_slice(job)
+    stamp = Path(first.shard).stat().st_mtime_ns
+    assert map_slice(job) == first
+    assert Path(first.shard).stat().st_mtime_ns == stamp
+
+
+def city(tmp_path, **points) -> City:
+    base = {"sources": ["*"], "columns": {"lon": "x", "lat": "y"}, "period": "all"}
+    return City(name="c", workspace="w", grid={"bounds": (13, 47, 13.1, 47.1)}, points=base | points, root=tmp_path)
+
+
+def read(c: City, tmp_path, name):
+    from roadfuse_core.points import materialise
+
+    paths = materialise(find_sources(c, [name]), tmp_path / "scratch")
+    return read_rows(c.points, paths, 0, 1, True, tmp_path / "spill")
+
+
+TEXT = "x,y,t\n13.01,47.01,1600000000\nNone,47.02,\n13.03,oops,1600000060\n"
+
+
+def test_text_plain_gzip_and_zip_read_alike(tmp_path):
+    (tmp_path / "a.csv").write_text(TEXT)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(TEXT.encode()))
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("trips/1.csv", TEXT)
+        archive.writestr("__MACOSX/trips/._1.csv", "litter")
+        archive.writestr("trips/.DS_Store", "litter")
+        archive.writestr("LICENSE.txt", "words")
+    c = city(tmp_path, columns={"lon": "x", "lat": "y", "time": "t"})
+    for name in ("a.csv", "b.csv.gz", "c.zip::trips/*"):
+        rows = read(c, tmp_path, name)
+        order = np.argsort(rows.time_us)
+        assert np.allclose(rows.x[order], [np.nan, 13.01, 13.03], equal_nan=True)
+        assert np.allclose(rows.y[order], [47.02, 47.01, np.nan], equal_nan=True)
+        assert rows.time_us[order].tolist()[1:] == [1600000000_000000, 1600000060_000000]
+
+
+def test_a_file_without_a_header_and_one_vehicle_a_file(tmp_path):
+    for k in range(2):
+        (tmp_path / f"trip_{k}.txt").write_text("482785.9 4216659.1 49039.0\n483396.7 4216956.2 49069.0\n")
+    c = city(tmp_path, columns={"vehicle": "filename", "lon": "x", "lat": "y", "time": "t"},
+             csv={"delimiter": " ", "header": False, "names": ["x", "y", "t"]})  # fmt: skip
+    rows = read(c, tmp_path, "trip_*.txt")
+    assert len(set(rows.vehicle.tolist())) == 2
+    assert rows.time_us[0] == 49_039_000_000
+
+
+@pytest.mark.parametrize(
+    ("column", "unit", "zone", "expected"),
+    [
+        (pa.array([1600000000, None]), "s", "UTC", 1600000000),
+        (pa.array([1600000000.5, None]), "s", "UTC", 1600000000.5),
+        (pa.array([1600000000500, None]), "ms", "UTC", 1600000000.5),
+        (pa.array(["2020-09-13T12:26:40+00:00", None]), "s", "America/Chicago", 1600000000),
+        (pa.array(["2020-09-13 07:26:40", None]), "s", "America/Chicago", 1600000000),
+        (pa.array([1600000000 * 10**9, None], pa.timestamp("ns")), "s", "UTC", 1600000000),
+        (pa.array([1600000000 - 5 * 3600, None], pa.timestamp("s")), "s", "America/Chicago", 1600000000),
+        (pa.array([1600000000, None], pa.timestamp("s", tz="Asia/Shanghai")), "s", "UTC", 1600000000),
+    ],
+)
+def test_times_of_every_kind(tmp_path, column, unit, zone, expected):
+    pq.write_table(pa.table({"x": [13.0, 13.0], "y": [47.0, 47.0], "t": column}), tmp_path / "a.parquet")
+    c = city(tmp_path, columns={"lon": "x", "lat": "y", "time": "t"}, time_unit=unit, time_zone=zone)
+    rows = read(c, tmp_path, "a.parquet")
+    assert sorted(rows.time_us.tolist()) == [np.iinfo(np.int64).min, round(expected * 1e6)]
+
+
+@pytest.mark.parametrize("unit", METRES_PER_SECOND)
+def test_speeds_become_metres_per_second(tmp_path, unit):
+    pq.write_table(pa.table({"x": [13.0], "y": [47.0], "s": [36.0]}), tmp_path / "a.parquet")
+    c = city(tmp_path, columns={"lon": "x", "lat": "y", "speed": "s"}, speed_unit=unit)
+    factor = {"km/h": 10.0, "m/s": 36.0, "mph": 16.09344, "m/min": 0.6, "knots": 18.52}
+    assert read(c, tmp_path, "a.parquet").speed[0] == pytest.approx(factor[unit])
+
+
+@pytest.mark.parametrize(
+    ("stamp", "day", "week", "month"),
+    [("1970-01-01", 0, 0, 0), ("1970-01-05", 4, 1, 0), ("2026-03-31T23:59:59", 20_543, 2935, 674), ("2026-04-01", 20_544, 2935, 675)],
+)
+def test_periods(stamp, day, week, month):
+    at = np.array([np.datetime64(stamp, "us").astype(np.int64)])
+    assert [int(period_of(at, p)[0]) for p in ("day", "week", "month", "all")] == [day, week, month, 0]
+
+
+def test_sources_that_match_nothing_or_are_something_else(tmp_path):
+    (tmp_path / "a.xyz").write_text("")
+    with pytest.raises(ConfigError, match=r"points\.sources: 'no\*' matches no file"):
+        find_sources(city(tmp_path), ["no*"])
+    with pytest.raises(ConfigError, match="neither Parquet nor text"):
+        find_sources(city(tmp_path), ["a.xyz"])
+    (tmp_path / "b.zip").write_bytes(b"PK no")
+    with pytest.raises(DataError, match="not a readable zip"):
+        find_sources(city(tmp_path), ["b.zip"])
