@@ -87,7 +87,7 @@ def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
         rows = read_rows(city.points, paths, 0, 1, False, Path(scratch), limit=SAMPLE_ROWS)
     reason = judge_rows(rows, city.points.clean, grid, fit_projection(grid, city.points.crs)).reason
     share = {r: float(np.mean(reason == r)) for r in Reason}
-    if share[Reason.SWAPPED] > 0.5:
+    if share[Reason.SWAPPED] > share[Reason.KEPT]:
         columns = {"lon": city.points.columns.lon, "lat": city.points.columns.lat}
         raise ConfigError("points.columns", columns, "give positions in the city only when exchanged", "exchange lon and lat")
     if share[Reason.TIME] > 0.5:

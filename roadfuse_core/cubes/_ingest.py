@@ -95,8 +95,6 @@ def ledger(city: City) -> dict[str, LedgerEntry]:
         root = read_group(open_repository(cubes_path(city)))
     except StoreError:
         return {}
-    if "ledger" not in root:
-        return {}
     return dict(sorted(root["ledger"].attrs["dumps"].items(), key=lambda item: item[1]["committed"]))
 
 
@@ -195,8 +193,6 @@ def _require_same_cube(city: City, grid: Grid, spec: PointsSpec) -> None:
         attributes = dict(read_group(open_repository(cubes_path(city))).attrs)
     except StoreError:
         return
-    if not attributes:
-        return
     for key, value, held in (
         ("grid", grid_attributes(grid)["grid"], attributes["grid"]),
         ("points.period", spec.period, attributes["period"]),
@@ -245,10 +241,10 @@ def _entry(plan: IngestPlan, reports: list[SliceReport], began: float) -> Ledger
 
 def _refuse_exchanged(entry: LedgerEntry) -> None:
     swapped = entry["rejected"].get("swapped", 0)
-    if swapped > entry["rows"] / 2:
+    if swapped > entry["kept"]:
         raise ConfigError(
             "points.columns", {"lon": "…", "lat": "…"},
-            f"have {swapped:,} of {entry['rows']:,} positions inside the city only when exchanged", "exchange lon and lat",
+            f"place {swapped:,} rows in the city only when exchanged, and {entry['kept']:,} as they are", "exchange lon and lat",
         )  # fmt: skip
 
 

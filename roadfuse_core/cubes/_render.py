@@ -75,7 +75,11 @@ def render(sums: Mapping[str, NDArray[np.int64]], layers: Sequence[Layer], halo:
     """
     halo = halo_px(layers) if halo is None else halo
     crop = slice(halo, -halo) if halo else slice(None)
-    return np.stack([_layer(sums, layer)[crop, crop] for layer in layers])
+    shape = next(iter(sums.values()))[crop, crop].shape
+    out = np.empty((len(layers), *shape), np.float32)
+    for channel, layer in enumerate(layers):
+        out[channel] = _layer(sums, layer)[crop, crop]
+    return out
 
 
 def _layer(sums: Mapping[str, NDArray[np.int64]], layer: Layer) -> NDArray[np.float32]:

@@ -23,6 +23,7 @@ from roadfuse_core.grid import Grid
 __all__ = ["committer_lock", "create_arrays", "grid_attributes", "open_repository", "publish", "read_group"]
 
 MAIN = "main"
+EMPTY = "nothing was published yet; run `roadfuse ingest` or `roadfuse refresh` first"
 CODECS = (ZstdCodec(level=1),)
 # Icechunk warns that commits to a local disk must not run at the same time: `committer_lock` sees to that.
 icechunk.set_logs_filter("icechunk=error")
@@ -38,6 +39,8 @@ def open_repository(path: Path, create: bool = False) -> icechunk.Repository:
     Raises:
         StoreError: There is none, or the folder holds something else.
     """
+    if not create and not path.is_dir():  # Icechunk would make the folder while looking into it
+        raise StoreError(f"{path}: {EMPTY}")
     storage = icechunk.local_filesystem_storage(str(path))
     splitting = ManifestSplittingConfig.from_dict(
         {ManifestSplitCondition.AnyArray(): {ManifestSplitDimCondition.DimensionName("period"): 1}}
@@ -52,7 +55,7 @@ def open_repository(path: Path, create: bool = False) -> icechunk.Repository:
             return icechunk.Repository.create(storage, config=config)
     except icechunk.IcechunkError as error:
         raise StoreError(f"{path}: is not a usable repository ({str(error).splitlines()[0]}); move it away") from error
-    raise StoreError(f"{path}: holds no repository yet; run `roadfuse ingest` or `roadfuse refresh` first")
+    raise StoreError(f"{path}: {EMPTY}")
 
 
 @contextmanager
@@ -89,9 +92,16 @@ def publish(repository: icechunk.Repository, snapshot: str, base: str) -> None:
 
 
 def read_group(repository: icechunk.Repository, branch: str = MAIN, snapshot: str | None = None) -> zarr.Group:
-    """The root group of a snapshot, read-only; the newest of a branch unless one is named."""
+    """The root group of a snapshot, read-only; the newest of a branch unless one is named.
+
+    Raises:
+        StoreError: Nothing was ever published.
+    """
     session = repository.readonly_session(snapshot_id=snapshot) if snapshot else repository.readonly_session(branch)
-    return zarr.open_group(session.store, mode="r")
+    try:
+        return zarr.open_group(session.store, mode="r")
+    except FileNotFoundError as error:
+        raise StoreError(EMPTY) from error
 
 
 def grid_attributes(grid: Grid) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -94,8 +95,19 @@ class KdePredictor:
         return density / (density + np.float32(self.model.threshold_per_m2))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread for the forward pass, as on Dask's workers: another number may change a logit's last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class NetworkPredictor:
-    """A checkpoint's network on the worker's device: bfloat16 on GPUs, float32 on CPUs."""
+    """A checkpoint's network on the worker's device: bfloat16 on GPUs, float32 on one thread on CPUs."""
 
     uses_image = True
 
@@ -114,7 +126,7 @@ class NetworkPredictor:
             name: torch.from_numpy(inputs[name]).to(self.device, memory_format=torch.channels_last)
             for name in self.network.config.modalities
         }
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with _one_thread(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = self.network(tensors)
         return np.asarray(logits.float().sigmoid()[:, 0].cpu().numpy())
 

@@ -262,13 +262,23 @@ def predict_block(job: _BlockJob) -> int:
     places = [p for p in job.lattice.windows(job.block) if _cut(evident, p, region, size).any()]
     for first in range(0, len(places), job.batch):
         chosen = places[first : first + job.batch]
-        batch = {name: np.stack([_cut(x, p, region, size) for p in chosen]) for name, x in inputs.items()}
-        for (row, col), probability in zip(chosen, predictor.predict(batch), strict=True):
+        batch = {name: _batch(x, chosen, region, size, job.batch) for name, x in inputs.items()}
+        for (row, col), probability in zip(chosen, predictor.predict(batch), strict=False):
             out.add(row, col, probability, weight)
     part = job.file.with_suffix(".part.npz")
     np.savez(part, sums=out.sums, windows=len(places))
     part.rename(job.file)
     return len(places)
+
+
+def _batch(
+    x: NDArray[np.float32], places: list[tuple[int, int]], region: Block, size: int, full: int
+) -> NDArray[np.float32]:
+    """(full, C, size, size): windows, then zeros. One shape for every batch, so that a logit never depends on it."""
+    out = np.zeros((full, len(x), size, size), np.float32)
+    for k, place in enumerate(places):
+        out[k] = _cut(x, place, region, size)
+    return out
 
 
 def _cut(x: NDArray[Any], place: tuple[int, int], region: Block, size: int) -> NDArray[Any]:

@@ -1,0 +1,259 @@
+"""A dump is in the cube wholly or not at all, whatever happens."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyproj import Transformer
+
+from roadfuse_core.cubes import CubeReader, committer_lock, cubes_path, ingest, ledger, open_repository, plan_ingest, read_group
+from roadfuse_core.errors import ConfigError, DataError, StoreError
+from roadfuse_core.settings import City, load_city
+from roadfuse_core.simulate import CityKnobs, DirtKnobs, simulate_city
+
+
+def contents(city: City) -> dict[str, np.ndarray]:
+    """Every array of the cube, whole."""
+    root = read_group(open_repository(cubes_path(city)))
+    out = {}
+    for folder in ("period", "total"):
+        for name in root.attrs["arrays"]:
+            out[f"{folder}/{name}"] = _trimmed(root[f"{folder}/{name}"])
+    return out
+
+
+def _trimmed(array) -> dict:
+    """Non-zero places and values; the period axis is long and mostly empty."""
+    if array.ndim == 2:
+        data = array[:]
+        return {p: int(data[p]) for p in zip(*(a.tolist() for a in np.nonzero(data)))}
+    first = 12 * 56
+    data = array[first:]
+    return {(int(p) + first, int(y), int(x)): int(data[p, y, x]) for p, y, x in zip(*np.nonzero(data))}
+
+
+def fresh(city: City, name: str) -> City:
+    return city.model_copy(update={"workspace": name})
+
+
+def test_rows_are_conserved_and_the_sum_of_count_is_what_was_kept(small_city):
+    entry = ingest(small_city)
+    assert entry["rows"] == entry["kept"] + sum(entry["rejected"].values())
+    assert entry["rows"] == sum(pq.read_metadata(f["path"]).num_rows for f in entry["files"])
+    assert CubeReader(cubes_path(small_city)).window("count", 0, 0, 512, 512).sum() == entry["kept"]
+    held = ledger(small_city)[entry["dump"]]
+    assert held == {k: v for k, v in entry.items() if k != "snapshot"}
+
+
+def test_injected_dirt_is_what_is_rejected(tmp_path):
+    dirt = DirtKnobs(swapped=0.02, duplicate=0.02, teleport=0.02)
+    knobs = CityKnobs(seed=5, size_m=512, tile_px=128, days=1, points_per_day=6000, intervals_s=(2.0,), parking=0, dirt=dirt)
+    city = load_city(simulate_city(tmp_path, knobs))
+    injected = json.loads((tmp_path / "simulation.json").read_text())["dirt"]
+    entry = ingest(city)
+    assert entry["rejected"]["null_island"] == injected["null_island"]
+    assert entry["rejected"]["not_finite"] == injected["not_finite"]
+    # Vehicles leave the city's square: of what happens there only `outside` is seen.
+    inside = 1 - entry["rejected"]["outside"] / entry["rows"]
+    for name in ("swapped", "duplicate", "teleport"):
+        assert 0.8 * inside * injected[name] <= entry["rejected"][name] <= injected[name] + 5
+
+
+def test_ingesting_twice_changes_nothing(small_city):
+    first = ingest(small_city)
+    before = contents(small_city)
+    assert ingest(small_city) is None
+    assert contents(small_city) == before
+    assert list(ledger(small_city)) == [first["dump"]]
+    renamed = small_city.root / "renamed.parquet"
+    shutil.copy(first["files"][0]["path"], renamed)
+    assert ingest(small_city, ["renamed.parquet"]) is None
+
+
+@pytest.fixture
+def still_city(small_city) -> City:
+    """Vehicle rules off: every row is judged alone."""
+    clean = small_city.points.clean.model_copy(update={"duplicates": False, "teleport_kmh": None})
+    return small_city.model_copy(update={"points": small_city.points.model_copy(update={"clean": clean})})
+
+
+def test_any_split_into_dumps_and_any_order_gives_the_same_cube(still_city):
+    ingest(fresh(still_city, "once"))
+    for name, order in (("forth", 1), ("back", -1)):
+        for source in sorted(still_city.root.glob("dumps/*.parquet"))[::order]:
+            assert ingest(fresh(still_city, name), [f"dumps/{source.name}"])
+    whole = contents(fresh(still_city, "once"))
+    assert contents(fresh(still_city, "forth")) == whole
+    assert contents(fresh(still_city, "back")) == whole
+    assert len(ledger(fresh(still_city, "back"))) == 3
+
+
+def test_total_is_the_sum_of_the_periods(small_city):
+    ingest(small_city)
+    held = contents(small_city)
+    for name in ("count", "speed_sum", "cos_sum", "interval_sum"):
+        total: dict = {}
+        for (_, y, x), value in held[f"period/{name}"].items():
+            total[y, x] = total.get((y, x), 0) + value
+        assert {k: v for k, v in total.items() if v} == held[f"total/{name}"]
+    assert {p for p, _, _ in held["period/count"]} == {674}
+
+
+def test_an_independent_count_agrees_pixel_by_pixel(still_city):
+    ingest(still_city)
+    grid = still_city.make_grid()
+    table = pa.concat_tables([pq.read_table(p) for p in sorted(still_city.root.glob("dumps/*.parquet"))])
+    lon, lat, speed = (table[c].to_numpy() for c in ("lon", "lat", "speed"))
+    ok = np.isfinite(lon) & np.isfinite(lat) & ~((lon == 0) & (lat == 0)) & ~(speed > 250)
+    east, north = Transformer.from_crs("EPSG:4326", grid.crs, always_xy=True).transform(lon[ok], lat[ok])
+    col, row = (east - grid.bounds.left) / grid.resolution_m, (grid.bounds.top - north) / grid.resolution_m
+    inside = (col >= 0) & (row >= 0) & (col < grid.shape[1]) & (row < grid.shape[0])
+    col, row = col[inside], row[inside]
+    expected = np.zeros(grid.shape, np.int64)
+    np.add.at(expected, (row.astype(int), col.astype(int)), 1)
+    got = CubeReader(cubes_path(still_city)).window("count", 0, 0, *grid.shape)
+    near_edge = (np.abs(col - np.rint(col)) < 0.01) | (np.abs(row - np.rint(row)) < 0.01)
+    touched = np.zeros(grid.shape, bool)
+    for r, c in zip(row[near_edge], col[near_edge]):
+        touched[max(0, int(r - 0.5)) : int(r + 0.5) + 1, max(0, int(c - 0.5)) : int(c + 0.5) + 1] = True
+    assert (got != expected)[~touched].sum() == 0
+    assert abs(int(got.sum()) - int(expected.sum())) <= near_edge.sum()
+    assert (~touched & (expected > 0)).sum() > 1000
+
+
+def test_windows_past_the_rim_are_zero(small_city):
+    ingest(small_city)
+    cube = CubeReader(cubes_path(small_city))
+    wide = cube.window("count", -10, -20, 540, 560)
+    assert np.array_equal(wide[10:522, 20:532], cube.window("count", 0, 0, 512, 512))
+    assert wide.sum() == cube.window("count", 0, 0, 512, 512).sum()
+
+
+def test_a_second_committer_is_refused_and_the_lock_dies_with_its_holder(small_city):
+    code = ("import sys,time; from pathlib import Path; from roadfuse_core.cubes import committer_lock\n"
+            "with committer_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", code, str(small_city.workspace_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline().strip() == "held"
+        with pytest.raises(StoreError, match=f"process {holder.pid} is writing"):
+            ingest(small_city)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert ingest(small_city)
+
+
+def test_a_changed_file_is_refused(small_city):
+    table = pq.read_table(small_city.root / "dumps/2026-03-29.parquet")
+    pq.write_table(table, small_city.root / "extra.parquet")
+    ingest(small_city, ["extra.parquet"])
+    pq.write_table(table.slice(5), small_city.root / "extra.parquet")
+    with pytest.raises(DataError, match=r"extra\.parquet was ingested with other content"):
+        ingest(small_city, ["extra.parquet"])
+
+
+def test_another_grid_or_period_is_refused(small_city):
+    ingest(small_city, ["dumps/2026-03-29.parquet"])
+    before = contents(small_city)
+    other = small_city.model_copy(update={"points": small_city.points.model_copy(update={"period": "day"})})
+    with pytest.raises(ConfigError, match=r"points\.period: 'day' differs"):
+        ingest(other, ["dumps/2026-03-30.parquet"])
+    assert contents(small_city) == before
+
+
+def test_exchanged_coordinates_stop_the_dump(small_city):
+    columns = small_city.points.columns.model_copy(update={"lon": "lat", "lat": "lon"})
+    wrong = small_city.model_copy(update={"points": small_city.points.model_copy(update={"columns": columns})})
+    with pytest.raises(ConfigError, match="only when exchanged"):
+        ingest(wrong)
+    assert ledger(small_city) == {}
+
+
+def test_a_truncated_file_leaves_the_cube_as_it_was(small_city):
+    ingest(small_city, ["dumps/2026-03-29.parquet"])
+    before = contents(small_city)
+    whole = (small_city.root / "dumps/2026-03-30.parquet").read_bytes()
+    (small_city.root / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.parquet is not readable Parquet"):
+        ingest(small_city, ["cut.parquet"])
+    # The footer is whole and the pages are not: found only while reading.
+    (small_city.root / "worn.parquet").write_bytes(whole[:4] + b"\0" * (len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    with pytest.raises(DataError, match="cannot read"):
+        ingest(small_city, ["worn.parquet"])
+    assert contents(small_city) == before
+
+
+def _killed_ingest(city: City, delay_s: float) -> None:
+    """Start `roadfuse ingest` in a process group and kill it all after a while."""
+    environment = os.environ | {"DASK_LOGGING__DISTRIBUTED": "error"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "ingest", str(city.root / "city.yaml")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment,
+    )  # fmt: skip
+    time.sleep(delay_s)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _survives_kills(city: City, delays: list[float]) -> None:
+    ingest(fresh(city, "undisturbed"))
+    expected = contents(fresh(city, "undisturbed"))
+    for delay in delays:
+        shutil.rmtree(city.workspace_path, ignore_errors=True)
+        _killed_ingest(city, delay)
+        try:
+            partial = contents(city)
+        except (StoreError, KeyError):
+            partial = None
+        assert partial is None or partial == expected or not any(partial.values())
+        ingest(city)
+        assert contents(city) == expected
+        assert len(ledger(city)) == 1
+        assert not list((city.workspace_path / "shards").glob("*/*.parquet"))
+
+
+def test_killed_and_run_again_equals_undisturbed(small_city):
+    _survives_kills(small_city, [3.0, 5.0])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(small_city):
+    rng = random.Random(7)
+    _survives_kills(small_city, [rng.uniform(1.0, 9.0) for _ in range(20)])
+
+
+def test_the_plan_says_what_is_new(small_city):
+    plan = plan_ingest(small_city)
+    assert (len(plan.files), len(plan.known)) == (3, 0)
+    assert not cubes_path(small_city).exists()
+    ingest(small_city, ["dumps/2026-03-29.parquet"])
+    plan = plan_ingest(small_city)
+    assert (len(plan.files), len(plan.known)) == (2, 1)
+
+
+def test_readers_open_it_with_xarray(small_city):
+    import xarray
+
+    entry = ingest(small_city)
+    session = open_repository(cubes_path(small_city)).readonly_session("main")
+    data = xarray.open_zarr(session.store, group="total", consolidated=False)
+    assert int(data["count"].sum()) == entry["kept"]
+    grid = small_city.make_grid()
+    assert float(data.x[0]) == grid.bounds.left + grid.resolution_m / 2
+    assert float(data.y[0]) == grid.bounds.top - grid.resolution_m / 2
+
+
+def test_the_lock_names_the_folder(tmp_path: Path):
+    with committer_lock(tmp_path), pytest.raises(StoreError, match="is writing"), committer_lock(tmp_path):
+        pass

@@ -1,0 +1,198 @@
+"""The mosaic does not know how it was made."""
+
+import numpy as np
+import pytest
+import rasterio
+from pyproj import Transformer
+
+from roadfuse_core import inference
+from roadfuse_core.cluster import open_cluster
+from roadfuse_core.cubes import CubeReader, cubes_path, halo_px, ingest, render
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.grid import Lattice, blocks_of
+from roadfuse_core.imagery import ImageryReader, find_imagery
+from roadfuse_core.inference import MapReader, infer, load_predictor, normalise_image, resolve_weights
+from roadfuse_core.inference import _run as run
+from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE, write_cog
+from roadfuse_core.settings import ClusterSpec
+
+
+def mosaic(city, group="map"):
+    return MapReader(city, group).window("probability", 0, 0, *city.make_grid().shape)
+
+
+def plain_reference(city):
+    """The whole city by one loop over windows in floating point."""
+    grid = city.make_grid()
+    predictor = load_predictor(resolve_weights("default", city.root), grid.resolution_m)
+    lattice = Lattice(predictor.window_px, predictor.window_px // 2)
+    cube = CubeReader(cubes_path(city))
+    images = ImageryReader(city.imagery, find_imagery(city), grid)
+    size, halo, (height, width) = lattice.window_px, halo_px(predictor.layers), grid.shape
+    pad = size
+    value, total = np.zeros((height + 2 * pad, width + 2 * pad)), np.zeros((height + 2 * pad, width + 2 * pad))
+    for r in range(-lattice.overhang_px, height, lattice.stride_px):
+        for c in range(-lattice.overhang_px, width, lattice.stride_px):
+            sums = cube.sums(predictor.layers, r - halo, c - halo, size + 2 * halo, size + 2 * halo)
+            rgb, valid = images.window(r, c, size, size)
+            if not valid.any() and not sums["count"][halo:-halo, halo:-halo].any():
+                continue
+            one = {"image": normalise_image(rgb, valid)[None], "gps": render(sums, predictor.layers, halo)[None]}
+            where = (slice(r + pad, r + pad + size), slice(c + pad, c + pad + size))
+            value[where] += predictor.predict(one)[0].astype(float) * lattice.weight()
+            total[where] += lattice.weight()
+    inner = (slice(pad, pad + height), slice(pad, pad + width))
+    return value[inner] / np.maximum(total[inner], 1), total[inner] > 0
+
+
+@pytest.fixture
+def ingested(small_city):
+    ingest(small_city)
+    return small_city
+
+
+def test_equal_to_the_plain_reference(ingested):
+    infer(ingested)
+    expected, seen = plain_reference(ingested)
+    got = mosaic(ingested)
+    assert np.array_equal(got != NODATA, seen)
+    # Batches of other sizes may move a logit by an ulp: one step of 1/254 at most.
+    assert np.abs(got[seen] - expected[seen] * PROBABILITY_SCALE).max() <= 1.01
+    assert np.abs(got[seen] - expected[seen] * PROBABILITY_SCALE).mean() < 0.3
+
+
+def test_identical_for_any_block_size_and_number_of_workers(ingested, monkeypatch):
+    infer(ingested)
+    here = mosaic(ingested)
+    monkeypatch.setattr(run, "BLOCK_PX", 128)
+    infer(ingested.model_copy(update={"workspace": ingested.workspace}), group="small")
+    assert np.array_equal(mosaic(ingested, "small"), here)
+    for workers in (1, 2):
+        with open_cluster(ClusterSpec(workers=workers)) as client:
+            infer(ingested, group=f"by-{workers}", client=client)
+        assert np.array_equal(mosaic(ingested, f"by-{workers}"), here)
+
+
+def test_a_second_run_finds_nothing_to_do(ingested):
+    first = infer(ingested)
+    assert infer(ingested) == first
+    assert infer(ingested, "kde") != first
+
+
+def test_a_killed_run_takes_the_blocks_that_are_whole(ingested, monkeypatch):
+    monkeypatch.setattr(run, "BLOCK_PX", 256)
+    computed = []
+    real = run.predict_block
+
+    def dies_at_third(job):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        if not job.file.exists():
+            computed.append(job.block)
+        return real(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "predict_block", dies_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            infer(ingested)
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "predict_block", lambda job: (again.append(job.block) if not job.file.exists() else None, real(job))[1])
+        infer(ingested)
+    assert len(again) == len(blocks_of(ingested.make_grid(), 2)) - 2
+    assert not set(again) & set(computed)
+
+
+class Constant:
+    """Says one number everywhere."""
+
+    name, layers, uses_image, window_px = "constant", (), True, 64
+
+    def __init__(self, value):
+        self.value = value
+
+    def predict(self, inputs):
+        n, _, h, w = inputs["image"].shape
+        return np.full((n, h, w), self.value, np.float32)
+
+
+class Brightness(Constant):
+    """Shift-equivariant: each pixel from itself alone."""
+
+    def predict(self, inputs):
+        return 1 / (1 + np.exp(-inputs["image"].mean(1)))
+
+
+@pytest.fixture
+def with_predictor(monkeypatch):
+    def install(predictor):
+        run._predictor.cache_clear()
+        monkeypatch.setattr(run, "load_predictor", lambda ref, resolution_m: predictor)
+
+    yield install
+    run._predictor.cache_clear()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_a_constant_predictor_gives_a_constant_mosaic(ingested, with_predictor, value):
+    with_predictor(Constant(value))
+    infer(ingested)
+    assert set(np.unique(mosaic(ingested))) == {round(value * PROBABILITY_SCALE)}
+
+
+def test_a_pointwise_predictor_shows_no_seam(ingested, with_predictor):
+    with_predictor(Brightness(0))
+    infer(ingested)
+    grid = ingested.make_grid()
+    rgb, valid = ImageryReader(ingested.imagery, find_imagery(ingested), grid).window(0, 0, *grid.shape)
+    expected = 254 / (1 + np.exp(-normalise_image(rgb, valid).mean(0)))
+    assert np.abs(mosaic(ingested) - expected).max() <= 0.51
+
+
+def test_windows_without_evidence_are_no_data(ingested):
+    blind = ingested.model_copy(update={"imagery": None})
+    record = infer(blind, "kde")
+    assert record["windows"] <= 25
+    bare = ingested.model_copy(update={"points": None})
+    with pytest.raises(ConfigError, match="needs trajectories"):
+        infer(bare, "kde")
+
+
+def test_image_alone_and_points_alone_make_maps(ingested):
+    infer(ingested.model_copy(update={"points": None}), group="image")
+    infer(ingested.model_copy(update={"imagery": None}), group="points")
+    assert not np.array_equal(mosaic(ingested, "image"), mosaic(ingested, "points"))
+
+
+def test_kernel_density_is_a_threshold_on_smoothed_counts(ingested):
+    from scipy import ndimage
+
+    infer(ingested, "kde")
+    model = load_predictor(resolve_weights("kde", ingested.root), 1.0).model
+    count = CubeReader(cubes_path(ingested)).window("count", 0, 0, 512, 512).astype(np.float32)
+    radius = int(np.ceil(3 * model.sigma_m))
+    density = ndimage.gaussian_filter(count, model.sigma_m, mode="constant", radius=radius)
+    road = MapReader(ingested).window("road", 0, 0, 512, 512)
+    assert np.array_equal(road == 1, (mosaic(ingested) >= 127) & (mosaic(ingested) != NODATA))
+    clear = np.abs(density / model.threshold_per_m2 - 1) > 0.02
+    assert np.array_equal((road == 1)[clear], (density > model.threshold_per_m2)[clear] & (road != NODATA)[clear])
+
+
+def test_the_cog_is_valid_and_in_its_place(ingested, tmp_path):
+    from rio_cogeo.cogeo import cog_validate
+
+    infer(ingested)
+    grid, reader = ingested.make_grid(), MapReader(ingested)
+    path = write_cog(tmp_path / "p.tif", grid, lambda *w: reader.window("probability", *w), "uint8", NODATA)
+    valid, errors, warnings = cog_validate(path)
+    assert valid, (errors, warnings)
+    with rasterio.open(path) as source:
+        assert np.array_equal(source.read(1), mosaic(ingested))
+        lon, lat = Transformer.from_crs(grid.crs, 4326, always_xy=True).transform(*source.xy(100, 200))
+        east, north = Transformer.from_crs(4326, source.crs, always_xy=True).transform(lon, lat)
+        assert np.allclose([(east - grid.bounds.left), (grid.bounds.top - north)], [200.5, 100.5], atol=1e-3)
+
+
+def test_names_are_exported():
+    for name in inference.__all__:
+        assert hasattr(inference, name)
