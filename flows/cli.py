@@ -281,7 +281,6 @@ def _show_ledger(dumps: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command; errors become one line each and an exit code."""
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")
     try:
         app()
     except RoadFuseError as error:

@@ -19,8 +19,8 @@ from roadfuse_core.points import (
     SourceFile,
     arrays_of,
     check_columns,
+    empty_files,
     find_sources,
-    is_empty,
     judge_rows,
     materialise,
     read_rows,
@@ -71,7 +71,7 @@ def _check_points(city: City) -> list[str]:
     grid, files = city.make_grid(), find_sources(city)
     fit_projection(grid, city.points.crs)
     rows = check_columns(city, files)
-    empty = [f for f in files if is_empty(f)]
+    empty = empty_files(city, files)
     if len(empty) == len(files):
         raise ConfigError("points.sources", list(city.points.sources), "hold no rows", "point at files with data")
     found = [f"points: {len(files)} files" + (f", {rows:,} rows in Parquet" if rows else "")]

@@ -58,6 +58,8 @@ def open_cluster(spec: ClusterSpec) -> Iterator[Client]:
     Raises:
         ConfigError: `cuda` without a GPU, or a scheduler that does not answer.
     """
+    # At INFO, Dask tells every connection; what people need comes through the progress.
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     address = spec.kind if "://" in spec.kind else dask.config.get("scheduler-address", None) if spec.kind == "auto" else None
     if address:
         try:

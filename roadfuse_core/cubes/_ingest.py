@@ -242,10 +242,8 @@ def _entry(plan: IngestPlan, reports: list[SliceReport], began: float) -> Ledger
 def _refuse_exchanged(entry: LedgerEntry) -> None:
     swapped = entry["rejected"].get("swapped", 0)
     if swapped > entry["kept"]:
-        raise ConfigError(
-            "points.columns", {"lon": "…", "lat": "…"},
-            f"place {swapped:,} rows in the city only when exchanged, and {entry['kept']:,} as they are", "exchange lon and lat",
-        )  # fmt: skip
+        problem = f"place {swapped:,} rows in the city only when exchanged, and {entry['kept']:,} as they are"
+        raise ConfigError("points.columns", {"lon": "…", "lat": "…"}, problem, "exchange lon and lat")
 
 
 @dataclass(frozen=True)

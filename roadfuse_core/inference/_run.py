@@ -271,9 +271,7 @@ def predict_block(job: _BlockJob) -> int:
     return len(places)
 
 
-def _batch(
-    x: NDArray[np.float32], places: list[tuple[int, int]], region: Block, size: int, full: int
-) -> NDArray[np.float32]:
+def _batch(x: NDArray[np.float32], places: list[tuple[int, int]], region: Block, size: int, full: int) -> NDArray[np.float32]:
     """(full, C, size, size): windows, then zeros. One shape for every batch, so that a logit never depends on it."""
     out = np.zeros((full, len(x), size, size), np.float32)
     for k, place in enumerate(places):

@@ -11,7 +11,7 @@ from roadfuse_core.points._shard import (
     needs_vehicles,
     period_of,
 )
-from roadfuse_core.points._sources import SourceFile, check_columns, find_sources, identify, is_empty, materialise
+from roadfuse_core.points._sources import SourceFile, check_columns, empty_files, find_sources, identify, materialise
 
 __all__ = [
     "METRES_PER_SECOND",
@@ -24,9 +24,9 @@ __all__ = [
     "aggregate",
     "arrays_of",
     "check_columns",
+    "empty_files",
     "find_sources",
     "identify",
-    "is_empty",
     "judge_rows",
     "judge_vehicles",
     "map_slice",

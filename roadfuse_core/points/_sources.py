@@ -6,9 +6,11 @@ import fnmatch
 import glob
 import gzip
 import hashlib
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.settings import City, PointsSpec
 
-__all__ = ["SourceFile", "check_columns", "find_sources", "identify", "is_empty", "materialise"]
+__all__ = ["SourceFile", "check_columns", "empty_files", "find_sources", "identify", "materialise"]
 
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".txt", ".tsv", ".gz")
@@ -90,54 +92,78 @@ def _expand(path: str, inner: str) -> list[SourceFile]:
     return [SourceFile(path, n) for n in names if fnmatch.fnmatch(n, inner or "*")]
 
 
+class _Opener:
+    """Opens files and members of archives as bytes; each archive's directory is read once."""
+
+    def __init__(self) -> None:
+        self.archives: dict[str, zipfile.ZipFile] = {}
+
+    def __enter__(self) -> _Opener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for archive in self.archives.values():
+            archive.close()
+
+    def archive(self, path: str) -> zipfile.ZipFile:
+        """An open archive."""
+        if path not in self.archives:
+            self.archives[path] = zipfile.ZipFile(path)
+        return self.archives[path]
+
+    def open(self, file: SourceFile) -> IO[bytes]:
+        """The file's bytes, as stored: gzip is not unpacked."""
+        return self.archive(file.path).open(file.member) if file.member else open(file.path, "rb")
+
+
 def identify(files: list[SourceFile]) -> list[dict[str, object]]:
     """Each file's label, size in bytes and content hash (BLAKE2b, 16 bytes, hexadecimal)."""
-    return [asdict(f) | {"label": f.label, **_content(f)} for f in files]
+    with _Opener() as opener:
+        return [asdict(f) | {"label": f.label, **_content(opener, f)} for f in files]
 
 
-def _content(file: SourceFile) -> dict[str, object]:
+def _content(opener: _Opener, file: SourceFile) -> dict[str, object]:
     digest, size = hashlib.blake2b(digest_size=16), 0
-    if file.member:
-        with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-                size += len(chunk)
-    else:
-        with open(file.path, "rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-                size += len(chunk)
+    with opener.open(file) as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
     return {"size": size, "hash": digest.hexdigest()}
 
 
 def materialise(files: list[SourceFile], scratch: Path) -> list[str]:
     """Paths that DuckDB can open; members of archives are unpacked below a scratch folder, in order."""
     out = []
-    for number, file in enumerate(files):
-        if not file.member:
-            out.append(file.path)
-            continue
-        target = scratch / f"{number:06d}{Path(file.member).suffix}"
-        if not target.exists():
-            scratch.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(file.path) as archive:
+    with _Opener() as opener:
+        for number, file in enumerate(files):
+            if not file.member:
+                out.append(file.path)
+                continue
+            target = scratch / f"{number:06d}{Path(file.member).suffix}"
+            if not target.exists():
+                scratch.mkdir(parents=True, exist_ok=True)
                 part = target.with_suffix(".part")
-                part.write_bytes(archive.read(file.member))
-            part.rename(target)
-        out.append(str(target))
+                with opener.open(file) as stream, open(part, "wb") as copy:
+                    shutil.copyfileobj(stream, copy)
+                part.rename(target)
+            out.append(str(target))
     return out
 
 
-def is_empty(file: SourceFile) -> bool:
-    """Whether a file holds no rows: no row in Parquet, nothing behind the first line in text."""
+def empty_files(city: City, files: list[SourceFile]) -> list[SourceFile]:
+    """Files that hold no rows: none in Parquet, nothing behind the header, if there is one, in text."""
+    header = _points(city).csv.header
+    with _Opener() as opener:
+        return [f for f in files if _is_empty(opener, f, header)]
+
+
+def _is_empty(opener: _Opener, file: SourceFile, header: bool) -> bool:
     if file.is_parquet:
         return int(pq.read_metadata(file.path).num_rows) == 0
-    if file.member:
-        with zipfile.ZipFile(file.path) as archive:
-            size = archive.getinfo(file.member).file_size
-    else:
-        size = Path(file.path).stat().st_size
-    return size <= len(_first_line(file).encode()) + 2 and not file.path.endswith(".gz")
+    with opener.open(file) as raw, _unpacked(file, raw) as stream:
+        if header:
+            stream.readline()
+        return not stream.read(64).strip()
 
 
 def check_columns(city: City, files: list[SourceFile]) -> int:
@@ -147,7 +173,8 @@ def check_columns(city: City, files: list[SourceFile]) -> int:
         ConfigError: A named column is absent or cannot hold what it should.
         DataError: A file is truncated or is not what its ending says.
     """
-    return sum(_check_parquet(city, f) if f.is_parquet else _check_text(city, f) for f in files)
+    with _Opener() as opener:
+        return sum(_check_parquet(city, f) if f.is_parquet else _check_text(city, f, opener) for f in files)
 
 
 def _wanted(city: City) -> dict[str, str]:
@@ -175,11 +202,11 @@ def _check_parquet(city: City, file: SourceFile) -> int:
     return int(footer.num_rows)
 
 
-def _check_text(city: City, file: SourceFile) -> int:
+def _check_text(city: City, file: SourceFile, opener: _Opener) -> int:
     spec = _points(city).csv
     names = list(spec.names)
     if spec.header:
-        names = [n.strip().strip('"').lstrip("\ufeff") for n in _first_line(file).split(spec.delimiter)]
+        names = [n.strip().strip('"').lstrip("\ufeff") for n in _first_line(file, opener).split(spec.delimiter)]
     elif not names:
         raise ConfigError("points.csv.names", names, "is empty for a file without a header", "list the columns in order")
     for key, column in _wanted(city).items():
@@ -187,18 +214,17 @@ def _check_text(city: City, file: SourceFile) -> int:
     return 0
 
 
-def _first_line(file: SourceFile) -> str:
-    if file.member:
-        with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as stream:
-            raw = stream.readline(1 << 16)
-    else:
-        opener = gzip.open if file.path.endswith(".gz") else open
-        with opener(file.path, "rb") as stream:
-            raw = stream.readline(1 << 16)
+def _unpacked(file: SourceFile, raw: IO[bytes]) -> IO[bytes]:
+    packed = (file.member or file.path).lower().endswith(".gz")
+    return gzip.open(raw) if packed else raw  # type: ignore[return-value]
+
+
+def _first_line(file: SourceFile, opener: _Opener) -> str:
     try:
-        return raw.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"points.sources: {file.label} is not text in UTF-8; convert it") from error
+        with opener.open(file) as raw, _unpacked(file, raw) as stream:
+            return stream.readline(1 << 16).decode().rstrip("\r\n")
+    except (UnicodeDecodeError, OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"points.sources: {file.label} is not text in UTF-8 ({error}); convert or copy it again") from error
 
 
 def _check_name(key: str, column: str, names: list[str], file: SourceFile) -> None:

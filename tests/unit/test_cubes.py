@@ -196,10 +196,9 @@ def test_a_truncated_file_leaves_the_cube_as_it_was(small_city):
 
 def _killed_ingest(city: City, delay_s: float) -> None:
     """Start `roadfuse ingest` in a process group and kill it all after a while."""
-    environment = os.environ | {"DASK_LOGGING__DISTRIBUTED": "error"}
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "ingest", str(city.root / "city.yaml")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     time.sleep(delay_s)
     os.killpg(process.pid, signal.SIGKILL)

@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from pyproj import Transformer
 
 from roadfuse_core.errors import ConfigError
-from roadfuse_core.grid import SPLITS, Block, Bounds, Grid, Lattice, TileIndex, blocks_of, fit_projection, make_grid, split_tiles
+from roadfuse_core.grid import (
+    SPLITS,
+    Block,
+    Bounds,
+    Grid,
+    Lattice,
+    TileIndex,
+    blocks_of,
+    fit_projection,
+    make_grid,
+    split_tiles,
+)
 from roadfuse_core.grid._projection import horner
 
 grids = st.builds(

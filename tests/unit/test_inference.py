@@ -97,7 +97,9 @@ def test_a_killed_run_takes_the_blocks_that_are_whole(ingested, monkeypatch):
             infer(ingested)
     again = []
     with monkeypatch.context() as patch:
-        patch.setattr(run, "predict_block", lambda job: (again.append(job.block) if not job.file.exists() else None, real(job))[1])
+        patch.setattr(
+            run, "predict_block", lambda job: (again.append(job.block) if not job.file.exists() else None, real(job))[1]
+        )
         infer(ingested)
     assert len(again) == len(blocks_of(ingested.make_grid(), 2)) - 2
     assert not set(again) & set(computed)

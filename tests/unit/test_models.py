@@ -61,7 +61,9 @@ class TestEveryPreset:
 
     def test_save_load_rebuild(self, name, tmp_path):
         network = compact(name).eval()
-        info = CheckpointInfo(network=network.config, layers=[{"kind": "binary"}], resolution_m=1, window_px=64, recipe={"seed": 0})
+        info = CheckpointInfo(
+            network=network.config, layers=[{"kind": "binary"}], resolution_m=1, window_px=64, recipe={"seed": 0}
+        )
         save_checkpoint(tmp_path / "c.safetensors", network, info, half=False)
         again, read = load_checkpoint(tmp_path / "c.safetensors")
         x = inputs(network.config, 1, 64, 64)

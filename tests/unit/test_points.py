@@ -109,7 +109,11 @@ def test_sums_equal_a_plain_loop():
         col, row = (float(a[0]) for a in p.pixels(rows.x[k : k + 1], rows.y[k : k + 1]))
         if not (0 <= col < 256 and 0 <= row < 256) or rows.speed[k] > 250 / 3.6:
             continue
-        key = (int(row) // 64 * 4 + int(col) // 64, int(period_of(rows.time_us[k : k + 1], "month")[0]), int(row) % 64 * 64 + int(col) % 64)
+        key = (
+            int(row) // 64 * 4 + int(col) // 64,
+            int(period_of(rows.time_us[k : k + 1], "month")[0]),
+            int(row) % 64 * 64 + int(col) % 64,
+        )
         e = expected.setdefault(key, dict.fromkeys(("count", "speed_sum", "speed_count", "sin_sum", "cos_sum", "bearing_count",
                                                     "interval_sum", "interval_count"), 0))  # fmt: skip
         e["count"] += 1
@@ -243,7 +247,9 @@ def driven_table():
     spoilt = rng.random(n) < 0.02
     lon = np.where(spoilt, lon + 0.002, lon)
     stamps = np.datetime64("2026-03-31T23:30:00", "ms") + (np.arange(n) * 2000).astype("timedelta64[ms]")
-    table = pa.table({"v": vehicle, "lon": lon, "lat": lat, "t": pa.array(stamps), "s": rng.uniform(0, 50, n), "b": rng.uniform(0, 360, n)})
+    table = pa.table(
+        {"v": vehicle, "lon": lon, "lat": lat, "t": pa.array(stamps), "s": rng.uniform(0, 50, n), "b": rng.uniform(0, 360, n)}
+    )
     return pa.concat_tables([table, table.slice(100, 50)])
 
 
@@ -343,7 +349,12 @@ def test_speeds_become_metres_per_second(tmp_path, unit):
 
 @pytest.mark.parametrize(
     ("stamp", "day", "week", "month"),
-    [("1970-01-01", 0, 0, 0), ("1970-01-05", 4, 1, 0), ("2026-03-31T23:59:59", 20_543, 2935, 674), ("2026-04-01", 20_544, 2935, 675)],
+    [
+        ("1970-01-01", 0, 0, 0),
+        ("1970-01-05", 4, 1, 0),
+        ("2026-03-31T23:59:59", 20_543, 2935, 674),
+        ("2026-04-01", 20_544, 2935, 675),
+    ],
 )
 def test_periods(stamp, day, week, month):
     at = np.array([np.datetime64(stamp, "us").astype(np.int64)])

@@ -47,7 +47,8 @@ def test_values_from_the_definitions():
     for name, value in (("count", 3), ("speed_sum", 45_000), ("speed_count", 3), ("cos_sum", -30_000), ("bearing_count", 3)):
         sums[name][2, 2] = value
     binary, log, speed, cos, interval = render(
-        sums, [Layer(kind="binary"), Layer(kind="log_count", cap=7), Layer(kind="speed"), Layer(kind="cos"), Layer(kind="interval")]
+        sums,
+        [Layer(kind="binary"), Layer(kind="log_count", cap=7), Layer(kind="speed"), Layer(kind="cos"), Layer(kind="interval")],
     )
     assert binary[2, 2] == 1
     assert binary.sum() == 1

@@ -1,0 +1,92 @@
+"""Real, dirty dumps beside the project: rows are conserved, and an independent count agrees."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pyproj import Transformer
+
+from roadfuse_core.check import check_city
+from roadfuse_core.cubes import CubeReader, cubes_path, ingest
+from roadfuse_core.settings import City, load_city
+
+CITIES = Path(__file__).parents[1] / "real"
+
+
+def city(name: str, real_data: Path, workspace: Path) -> City:
+    """A city file of the repository, its workspace moved and its data where `ROADFUSE_DATA` says."""
+    text = (CITIES / f"{name}.yaml").read_text().replace("../../../shared/data", str(real_data))
+    (workspace / "city.yaml").write_text(text)
+    return load_city(workspace / "city.yaml")
+
+
+def independent_count(c: City, archive: Path, delimiter: str, names: list[str] | None, crs: str, columns: tuple[str, str]):
+    """Rows, and the sum of points on the grid, by pandas, NumPy and PROJ alone."""
+    frames = []
+    with zipfile.ZipFile(archive) as z:
+        for member in z.namelist():
+            if member.endswith((".csv", ".txt")) and "__MACOSX" not in member and ("trips/" in member or ".csv" in member):
+                frames.append(pd.read_csv(io.BytesIO(z.read(member)), sep=delimiter, header=None if names else 0, names=names))
+    table = pd.concat(frames)
+    x, y = (pd.to_numeric(table[k], errors="coerce").to_numpy(float) for k in columns)
+    g = c.make_grid()
+    zeros = int(((x == 0) & (y == 0)).sum())
+    x, y = np.where(np.isfinite(x), x, 0), np.where(np.isfinite(y), y, 0)
+    east, north = Transformer.from_crs(crs, g.crs, always_xy=True).transform(x, y)
+    col, row = (east - g.bounds.left) / g.resolution_m, (g.bounds.top - north) / g.resolution_m
+    col, row = (np.where(np.isfinite(v), v, -1) for v in (col, row))
+    on = (col >= 0) & (row >= 0) & (col < g.shape[1]) & (row < g.shape[0])
+    image = np.zeros(g.shape, np.int32)
+    np.add.at(image, (row[on].astype(int), col[on].astype(int)), 1)
+    edge = (np.abs(col - np.rint(col)) < 0.01) | (np.abs(row - np.rint(row)) < 0.01)
+    return len(table), image, int((edge & on).sum()), zeros
+
+
+TEXT = {"athens-small": ("athens/tracks_athens_small.zip", "EPSG:2100"),
+        "athens-large": ("athens/tracks_athens_large.zip", "EPSG:2100"),
+        "chicago": ("chicago/tracks_chicago.zip", "EPSG:32616")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_counts_agree_with_an_independent_count(name, real_data, tmp_path):
+    archive, crs = TEXT[name]
+    c = city(name, real_data, tmp_path)
+    check_city(c)
+    entry = ingest(c)
+    rows, image, on_edges, _ = independent_count(c, real_data / archive, " ", ["x", "y", "t"], crs, ("x", "y"))
+    assert entry["rows"] == rows == entry["kept"] + sum(entry["rejected"].values())
+    got = CubeReader(cubes_path(c)).window("count", 0, 0, *c.make_grid().shape)
+    assert got.sum() == entry["kept"]
+    vehicle_rules = entry["rejected"].get("duplicate", 0) + entry["rejected"].get("teleport", 0)
+    assert abs(int(image.sum()) - int(got.sum()) - vehicle_rules) <= on_edges
+    assert (got != image).sum() <= 2 * on_edges + vehicle_rules
+
+
+def test_austin_in_all_its_dirt(real_data, tmp_path):
+    c = city("austin", real_data, tmp_path)
+    entry = ingest(c.model_copy(update={"imagery": None}))
+    archive = real_data / "austin/capmetrics_vehicle_positions_2015-03_2016-05.zip"
+    rows, image, _, zeros = independent_count(c, archive, ",", None, "EPSG:4326", ("longitude", "latitude"))
+    assert entry["rows"] == rows == entry["kept"] + sum(entry["rejected"].values())
+    assert entry["rejected"]["null_island"] == zeros == 53
+    got = CubeReader(cubes_path(c)).window("count", 0, 0, *c.make_grid().shape)
+    on_grid_rejected = entry["rejected"].get("duplicate", 0) + entry["rejected"].get("teleport", 0)
+    assert int(image.sum()) - int(got.sum()) == on_grid_rejected
+
+
+def test_positions_that_are_missing_by_word(real_data, tmp_path):
+    """`None` for missing, no header, longitude and latitude: the same shuttles as another publisher has them."""
+    text = (CITIES / "chicago.yaml").read_text()
+    text = text.replace("../../../shared/data", str(real_data)).replace(
+        "tracks_chicago.zip::*/trips/*.txt", "uic_trips_1m_wgs84.zip::trips/*"
+    )
+    text = text.replace("EPSG:32616\n  csv", "EPSG:4326\n  csv").replace('delimiter: " ", header: false, names: [x, y, t]',
+                                                                         'delimiter: ",", header: false, names: [id, y, x, t, p, n]')  # fmt: skip
+    (tmp_path / "city.yaml").write_text(text)
+    entry = ingest(load_city(tmp_path / "city.yaml"))
+    assert entry["rows"] == 118_364
+    assert entry["rows"] == entry["kept"] + sum(entry["rejected"].values())
+    assert entry["kept"] >= 118_000

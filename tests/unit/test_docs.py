@@ -1,0 +1,61 @@
+"""Documents that cannot drift."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import typer.main
+import yaml
+
+from flows.cli import app
+from roadfuse_core.settings import City
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_settings_page_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("settings_table", ROOT / "scripts/settings_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs/own-city.md").read_text()
+    between = re.search(f"{module.MARKS[0]}\n(.*)\n{module.MARKS[1]}", page, re.DOTALL)[1]
+    assert between == module.table(), "run scripts/settings_table.py"
+
+
+def test_every_setting_has_a_description():
+    spec = importlib.util.spec_from_file_location("settings_table", ROOT / "scripts/settings_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for row in module.rows(City):
+        assert row.split("|")[3].strip(), row
+
+
+def test_every_command_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name in typer.main.get_command(app).commands:
+        assert f"roadfuse {name}" in readme, name
+
+
+def test_the_example_in_the_readme_is_a_city():
+    example = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    City.model_validate(yaml.safe_load(example))
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "DESIGN.md", *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_each_package_sorts_its_public_names():
+    import pkgutil
+
+    import roadfuse_core
+
+    for module in pkgutil.iter_modules(roadfuse_core.__path__):
+        if module.ispkg:
+            package = importlib.import_module(f"roadfuse_core.{module.name}")
+            names = getattr(package, "__all__", [])
+            assert len(names) == len(set(names))
+            for name in names:
+                assert hasattr(package, name), (module.name, name)
