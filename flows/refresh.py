@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from roadfuse_core.cluster import open_cluster
+from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.metrics import CityScores
 from roadfuse_core.report import Stage
 from roadfuse_core.settings import City, load_city
@@ -33,7 +36,17 @@ class Stopwatch:
         self.stages.append(Stage(name, time.perf_counter() - began))
 
 
-@flow(name="refresh", flow_run_name="refresh-{city_file}", validate_parameters=True)
+def run_name() -> str:
+    """City and day, for a list that a person can read."""
+    path = Path(flow_run.parameters["city_file"])
+    try:
+        name = load_city(path).name
+    except RoadFuseError:
+        name = path.stem
+    return f"{name} {datetime.now(UTC):%Y-%m-%d %H:%M}"
+
+
+@flow(name="refresh", flow_run_name=run_name)
 def refresh(city_file: Path, baseline: bool = True) -> dict[str, Any]:
     """Bring a city up to date with its dumps, images and model.
 
