@@ -124,14 +124,14 @@ def lay_streets(knobs: CityKnobs) -> Streets:
     rows = [_Line(False, v, us[0], us[-1], k, set(us)) for v, k in zip(vs, ranks_v, strict=True)]
     lines: list[_Line] = [*columns, *rows]
     parts: list[tuple[_Rect, int]] = []
-    cells: list[tuple[Floats, int]] = []
+    cells: list[tuple[_Rect, int]] = []
     for i in range(len(us) - 1):
         for j in range(len(vs) - 1):
             rect = _Rect(us[i], us[i + 1], vs[j], vs[j + 1], columns[i], columns[i + 1], rows[j], rows[j + 1])
             land = _land_use(knobs, rng, (us[i] + us[i + 1]) / 2 - centre, (vs[j] + vs[j + 1]) / 2 - centre)
-            cells.append((_outline(knobs, rect), land))
+            cells.append((rect, land))
             _divide(rng, rect, land, 0, lines, parts)
-    return _assemble(knobs, lines, cells, [(_outline(knobs, rect), land) for rect, land in parts])
+    return _assemble(knobs, lines, _outlines(knobs, cells), _outlines(knobs, parts))
 
 
 def _arterial_places(rng: np.random.Generator, low: float, high: float) -> list[float]:
@@ -195,35 +195,43 @@ def _divide(
         _divide(rng, half, land, depth + 1, lines, parts)
 
 
-def _outline(knobs: CityKnobs, r: _Rect) -> Floats:
+def _outlines(knobs: CityKnobs, rects: list[tuple[_Rect, int]]) -> list[tuple[Floats, int]]:
+    """Warped outlines of 32 vertices each, eight a side."""
+    warped = warp(knobs, np.stack([_outline(r) for r, _ in rects]))
+    return [(outline, land) for outline, (_, land) in zip(warped, rects, strict=True)]
+
+
+def _outline(r: _Rect) -> Floats:
     t = np.linspace(0, 1, 9)[:-1]
-    sides = [
-        np.stack([r.u0 + t * (r.u1 - r.u0), np.full(8, r.v0)], 1),
-        np.stack([np.full(8, r.u1), r.v0 + t * (r.v1 - r.v0)], 1),
-        np.stack([r.u1 - t * (r.u1 - r.u0), np.full(8, r.v1)], 1),
-        np.stack([np.full(8, r.u0), r.v1 - t * (r.v1 - r.v0)], 1),
-    ]
-    return warp(knobs, np.concatenate(sides))
+    u, v = r.u0 + t * (r.u1 - r.u0), r.v0 + t * (r.v1 - r.v0)
+    low_u, high_u, low_v, high_v = (np.full(8, x) for x in (r.u0, r.u1, r.v0, r.v1))
+    back_u, back_v = r.u1 - t * (r.u1 - r.u0), r.v1 - t * (r.v1 - r.v0)
+    return np.stack([np.concatenate([u, high_u, back_u, low_u]), np.concatenate([low_v, v, high_v, back_v])], 1)
 
 
 def _assemble(
     knobs: CityKnobs, lines: list[_Line], cells: list[tuple[Floats, int]], parts: list[tuple[Floats, int]]
 ) -> Streets:
-    numbers: dict[tuple[float, float], int] = {}
-    edges, kinds, curves = [], [], []
+    pieces = [(line, a, b) for line in lines for a, b in pairwise(sorted(c for c in line.cuts if line.low <= c <= line.high))]
+    straight = [_straight(*piece) for piece in pieces]
+    # One warp for all vertices: a large city has a million of them.
+    curves = np.split(warp(knobs, np.concatenate(straight)), np.cumsum([len(s) for s in straight])[:-1])
     low, high = -MARGIN_M, knobs.size_m + MARGIN_M
-    for line in lines:
-        cuts = sorted(c for c in line.cuts if line.low <= c <= line.high)
-        for a, b in pairwise(cuts):
-            t = np.linspace(a, b, max(2, int((b - a) / 14) + 1))
-            fixed = np.full(len(t), line.at)
-            curve = warp(knobs, np.stack([fixed, t] if line.vertical else [t, fixed], 1))
-            inside = ((curve > low) & (curve < high)).all(1)
-            if not inside.all():
-                continue
-            ends = [(line.at, c) if line.vertical else (c, line.at) for c in (a, b)]
-            edges.append([numbers.setdefault(e, len(numbers)) for e in ends])
-            kinds.append(line.kind)
-            curves.append(curve)
+    numbers: dict[tuple[float, float], int] = {}
+    edges, kinds, kept = [], [], []
+    for (line, a, b), curve in zip(pieces, curves, strict=True):
+        if not ((curve > low) & (curve < high)).all():
+            continue
+        ends = [(line.at, c) if line.vertical else (c, line.at) for c in (a, b)]
+        edges.append([numbers.setdefault(e, len(numbers)) for e in ends])
+        kinds.append(line.kind)
+        kept.append(curve)
     nodes = warp(knobs, np.array(list(numbers)))
-    return Streets(nodes, np.array(edges, np.int64), np.array(kinds, np.int8), curves, cells, parts)
+    return Streets(nodes, np.array(edges, np.int64), np.array(kinds, np.int8), kept, cells, parts)
+
+
+def _straight(line: _Line, a: float, b: float) -> Floats:
+    """Vertices of a street between two cuts, unwarped, about 14 m apart."""
+    t = np.linspace(a, b, max(2, int((b - a) / 14) + 1))
+    fixed = np.full(len(t), line.at)
+    return np.stack([fixed, t] if line.vertical else [t, fixed], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -60,6 +61,16 @@ class Routes:
     start: NDArray[np.int64]
     weight: Floats
     used: NDArray[np.bool_]
+
+    @cached_property
+    def reach(self) -> float:
+        """More seconds than any route takes."""
+        return float(self.seconds.max()) + 1
+
+    @cached_property
+    def key(self) -> Floats:
+        """(n,) ascending: route number times `reach` plus seconds, to find places of all routes in one search."""
+        return self.seconds + np.repeat(np.arange(len(self.weight)), np.diff(self.start)) * self.reach
 
 
 def plan_routes(knobs: CityKnobs, streets: Streets) -> Routes:
@@ -211,10 +222,8 @@ def _trips(
 
 def _along(routes: Routes, route: NDArray[np.int64], at: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     """Place, pace (km/h) and bearing (degrees from north) at a time since the start of each row's route."""
-    far = routes.seconds.max() + 1
-    key = routes.seconds + np.repeat(np.arange(len(routes.weight)), np.diff(routes.start)) * far
     low, high = routes.start[route], routes.start[route + 1] - 1
-    k = np.clip(np.searchsorted(key, route * far + at, side="right") - 1, low, np.maximum(low, high - 1))
+    k = np.clip(np.searchsorted(routes.key, route * routes.reach + at, side="right") - 1, low, np.maximum(low, high - 1))
     after = np.minimum(k + 1, high)
     span = routes.seconds[after] - routes.seconds[k]
     f = np.clip((at - routes.seconds[k]) / np.where(span > 0, span, 1), 0, 1)[:, None]
