@@ -16,14 +16,11 @@ from typing import Any
 
 import icechunk
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from dask.distributed import Client
-from numba import njit
-from numpy.typing import NDArray
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
+from roadfuse_core.cubes._reduce import BlockJob, Shard, add_block, owned_blocks
 from roadfuse_core.cubes._repository import (
     MAIN,
     committer_lock,
@@ -46,7 +43,6 @@ from roadfuse_core.points import (
     map_slice,
     materialise,
     needs_vehicles,
-    period_of,
 )
 from roadfuse_core.settings import City, PointsSpec
 
@@ -55,7 +51,6 @@ __all__ = ["IngestPlan", "LedgerEntry", "cubes_path", "ingest", "ledger", "plan_
 log = logging.getLogger(__name__)
 ROWS_PER_SLICE = 4_000_000
 BYTES_PER_TEXT_ROW = 30
-TILES_PER_JOB = 64
 STAGING = "ingest"
 LedgerEntry = dict[str, Any]
 
@@ -246,17 +241,6 @@ def _refuse_exchanged(entry: LedgerEntry) -> None:
         raise ConfigError("points.columns", {"lon": "…", "lat": "…"}, problem, "exchange lon and lat")
 
 
-@dataclass(frozen=True)
-class _TileJob:
-    """Some tiles of one owner; no other job has them."""
-
-    session: Any
-    tiles: tuple[int, ...]
-    shards: tuple[str, ...]
-    grid: Grid
-    arrays: tuple[str, ...]
-
-
 def _reduce(
     repository: icechunk.Repository, spec: PointsSpec, grid: Grid, entry: LedgerEntry,
     reports: list[SliceReport], client: Client | None, tell: Progress,
@@ -269,12 +253,10 @@ def _reduce(
     names = arrays_of(spec)
     _grow(repository, spec, grid, names, reports)
     session = repository.writable_session(STAGING)
-    tiles = sorted({t for r in reports for t in r.tiles})
-    owners = [tuple(tiles[k : k + TILES_PER_JOB]) for k in range(0, len(tiles), TILES_PER_JOB)]
-    assert sum(map(len, owners)) == len(set().union(*owners)) if owners else True, "two owners of one tile"
-    shards = tuple(r.shard for r in reports)
-    fork = session.fork()
-    forks = run_jobs(client, _add_tiles, [_TileJob(fork, o, shards, grid, names) for o in owners], "writing tiles", tell)
+    owners = owned_blocks(grid, {t for r in reports for t in r.tiles})
+    fork, fresh = session.fork(), not zarr.open_group(session.store, mode="r")["ledger"].attrs["dumps"]
+    jobs = [BlockJob(fork, tiles, tuple(map(_shard, reports)), grid, names, fresh) for tiles in owners]
+    forks = run_jobs(client, add_block, jobs, "writing blocks", tell)
     session.merge(*forks)
     root = zarr.open_group(session.store)
     dumps = dict(root["ledger"].attrs["dumps"])
@@ -289,8 +271,7 @@ def _grow(
     repository: icechunk.Repository, spec: PointsSpec, grid: Grid, names: tuple[str, ...], reports: list[SliceReport]
 ) -> None:
     """Make the arrays, and lengthen their period axis, in a commit of its own: forks refuse uncommitted changes."""
-    latest = max((r.last_us for r in reports if r.last_us is not None), default=0)
-    periods = int(period_of(np.array([latest]), spec.period)[0]) + 1
+    periods = max((r.first_period + r.periods for r in reports), default=1)
     session = repository.writable_session(STAGING)
     root = zarr.open_group(session.store)
     if "ledger" not in root:
@@ -303,49 +284,5 @@ def _grow(
         session.commit("grow the period axis")
 
 
-def _add_tiles(job: _TileJob) -> Any:
-    """Reduce: the sums of every shard are added to the chunks of some tiles; the fork goes back for merging."""
-    root = zarr.open_group(job.session.store)
-    low, high = job.tiles[0], job.tiles[-1]
-    parts = [pq.read_table(s, filters=[("tile", ">=", low), ("tile", "<=", high)]) for s in job.shards]
-    table = pa.concat_tables(parts)
-    columns = {k: table[k].to_numpy() for k in table.column_names}
-    order = np.lexsort([columns["period"], columns["tile"]])
-    columns = {k: v[order] for k, v in columns.items()}
-    px = job.grid.tile_px
-    starts = np.flatnonzero(np.diff(columns["tile"], prepend=-1) != 0)
-    for a, b in zip(starts, np.append(starts[1:], len(order)), strict=True):
-        row, col = divmod(int(columns["tile"][a]), job.grid.tiles_x)
-        where = (slice(row * px, (row + 1) * px), slice(col * px, (col + 1) * px))
-        for name in job.arrays:
-            _add_tile(root, name, where, columns["period"][a:b], columns["pixel"][a:b], columns[name][a:b], px)
-    return job.session
-
-
-def _add_tile(
-    root: zarr.Group, name: str, where: tuple[slice, slice], period: NDArray[np.int64], pixel: NDArray[np.int64],
-    values: NDArray[np.int64], px: int,
-) -> None:  # fmt: skip
-    total = np.zeros(px * px, np.int64)
-    edges = np.flatnonzero(np.diff(period, prepend=-1) != 0)
-    for a, b in zip(edges, np.append(edges[1:], len(period)), strict=True):
-        dense = np.zeros(px * px, np.int64)
-        _scatter(dense, pixel[a:b], values[a:b])
-        if dense.any():
-            _add_chunk(root[f"period/{name}"], (int(period[a]), *where), dense.reshape(px, px))
-        total += dense
-    if total.any():
-        _add_chunk(root[f"total/{name}"], where, total.reshape(px, px))
-
-
-def _add_chunk(array: zarr.Array, where: tuple[Any, ...], dense: NDArray[np.int64]) -> None:
-    total = array[where].astype(np.int64) + dense
-    if array.dtype == np.uint32 and total.max() > np.iinfo(np.uint32).max:
-        raise StoreError(f"{array.path}: more than 2³² points in one pixel and period; use a shorter period")
-    array[where] = total.astype(array.dtype)
-
-
-@njit(cache=True, nogil=True)
-def _scatter(dense, pixel, values):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
-    for i in range(len(pixel)):
-        dense[pixel[i]] += values[i]
+def _shard(report: SliceReport) -> Shard:
+    return Shard(report.shard, report.first_period, report.periods)

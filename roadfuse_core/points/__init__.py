@@ -3,6 +3,7 @@
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._read import METRES_PER_SECOND, Rows, read_rows
 from roadfuse_core.points._shard import (
+    PixelSums,
     Slice,
     SliceReport,
     aggregate,
@@ -15,6 +16,7 @@ from roadfuse_core.points._sources import SourceFile, check_columns, empty_files
 
 __all__ = [
     "METRES_PER_SECOND",
+    "PixelSums",
     "Placed",
     "Reason",
     "Rows",

@@ -90,7 +90,7 @@ def _judge_rows(
         if null_island and abs(x[i]) < 1e-4 and abs(y[i]) < 1e-4:
             reason[i] = 2
             continue
-        if t[i] < t_low or t[i] >= t_high:
+        if len(t) and (t[i] < t_low or t[i] >= t_high):
             reason[i] = 3
             continue
         if not (box[0] <= x[i] < box[2] and box[1] <= y[i] < box[3]):
@@ -101,7 +101,7 @@ def _judge_rows(
         col[i], row[i] = horner(u, v, c, 0, degree), horner(u, v, c, 1, degree)
         if not (0 <= col[i] < width and 0 <= row[i] < height):
             reason[i] = 5
-        elif speed[i] > limit:
+        elif len(speed) and speed[i] > limit:
             reason[i] = 6
 
 
@@ -124,7 +124,7 @@ def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, resolution_m: f
     """
     interval = np.full(len(rows.x), np.nan) if derive else rows.interval.copy()
     limit = clean.teleport_kmh / 3.6 if clean.teleport_kmh else HUGE
-    facts = np.stack([rows.x, rows.y, rows.speed, rows.bearing, rows.interval], 1)
+    facts = np.stack([c for c in (rows.x, rows.y, rows.speed, rows.bearing, rows.interval) if len(c)], 1)
     _judge_vehicles(rows.vehicle, rows.time_us, facts, placed.col * resolution_m, placed.row * resolution_m, placed.reason,
                     clean.duplicates, limit, clean.max_gap_s, derive, interval)  # fmt: skip
     return interval

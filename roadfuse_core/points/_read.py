@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -27,13 +28,13 @@ class Rows:
     """Rows as read, nothing judged yet.
 
     Attributes:
-        vehicle: (n,) int64, a hash; 0 for all where there is no such column.
+        vehicle: (n,) int64, a hash; length 0 where rows are judged alone.
         x: (n,) longitude or easting; NaN where absent or not a number.
         y: (n,) latitude or northing.
-        time_us: (n,) int64 microseconds since 1970 UTC; the smallest int64 where absent.
-        speed: (n,) m/s, NaN where absent.
-        bearing: (n,) degrees, NaN where absent.
-        interval: (n,) seconds, NaN where absent.
+        time_us: (n,) int64 microseconds since 1970 UTC; the smallest int64 where absent; length 0 without the column.
+        speed: (n,) m/s, NaN where absent; length 0 where there is no such column.
+        bearing: (n,) degrees, likewise.
+        interval: (n,) seconds, likewise.
     """
 
     vehicle: NDArray[np.int64]
@@ -81,8 +82,14 @@ def read_rows(
             raise DataError(
                 f"points.sources: cannot read {paths[0]} and {len(paths) - 1} more ({line}); check the file"
             ) from error
-    # Arrow lends single chunks read-only, and the kernels are compiled for writable arrays.
-    return Rows(*(np.require(table.column(k).to_numpy(), requirements="W") for k in range(7)))
+    return Rows(**{name: _writable(table, name) for name in Rows.__dataclass_fields__})
+
+
+def _writable(table: pa.Table, name: str) -> NDArray[Any]:
+    """A column, or nothing; Arrow lends single chunks read-only, and the kernels are compiled for writable arrays."""
+    if name not in table.column_names:
+        return np.zeros(0, np.int64 if name in ("vehicle", "time_us") else np.float64)
+    return np.require(table.column(name).to_numpy(), requirements="W")
 
 
 def _select(
@@ -93,22 +100,24 @@ def _select(
     described = connection.execute(f"DESCRIBE SELECT * FROM {source}", parameters).fetchall()
     types = {row[0]: row[1] for row in described}
     c = spec.columns
-    vehicle = f"hash({_name(c.vehicle)})" if c.vehicle else "0::UBIGINT"
+    vehicle = f"hash({_name(c.vehicle)})"
     factor = METRES_PER_SECOND[spec.speed_unit]
-    columns = [
-        f"({vehicle} >> 1)::BIGINT AS vehicle",
-        f"{_number(c.lon)} AS x",
-        f"{_number(c.lat)} AS y",
-        f"{_time(spec, types)} AS time_us",
-        f"{_number(c.speed)} * {factor!r} AS speed",
-        f"{_number(c.bearing)} AS bearing",
-        f"{_number(c.interval)} AS interval_s",
-    ]
+    columns = {
+        "vehicle": f"({vehicle} >> 1)::BIGINT" if ordered and c.vehicle else None,
+        "x": _number(c.lon, types),
+        "y": _number(c.lat, types),
+        "time_us": _time(spec, types) if c.time else None,
+        "speed": f"{_number(c.speed, types)} * {factor!r}" if c.speed else None,
+        "bearing": _number(c.bearing, types) if c.bearing else None,
+        "interval": _number(c.interval, types) if c.interval else None,
+    }
+    chosen = {name: text for name, text in columns.items() if text}
     where = f"WHERE {vehicle} % {int(buckets)} = {int(bucket)}" if buckets > 1 else ""
-    order = "ORDER BY vehicle, time_us, x, y, speed, bearing, interval_s" if ordered else ""
+    keys = [f'"{k}"' for k in ("vehicle", "time_us", "x", "y", "speed", "bearing", "interval") if k in chosen]
+    order = f"ORDER BY {', '.join(keys)}" if ordered else ""
     some = f"LIMIT {int(limit)}" if limit else ""
-    query = f"SELECT {', '.join(columns)} FROM {source} {where} {order} {some}"
-    return connection.sql(query, params=parameters).to_arrow_table()
+    selected = ", ".join(f'{text} AS "{name}"' for name, text in chosen.items())
+    return connection.sql(f"SELECT {selected} FROM {source} {where} {order} {some}", params=parameters).to_arrow_table()
 
 
 def _source(spec: PointsSpec, paths: list[str]) -> tuple[str, list[object]]:
@@ -129,18 +138,21 @@ def _name(column: str | None) -> str:
     return '"' + (column or "").replace('"', '""') + '"'
 
 
-def _number(column: str | None) -> str:
-    return f"coalesce(TRY_CAST({_name(column)} AS DOUBLE), 'nan'::DOUBLE)" if column else "'nan'::DOUBLE"
+def _number(column: str | None, types: dict[str, str]) -> str:
+    kind = types.get(column or "", "VARCHAR")
+    if kind == "DOUBLE":
+        return f"coalesce({_name(column)}, 'nan'::DOUBLE)"
+    return f"coalesce(TRY_CAST({_name(column)} AS DOUBLE), 'nan'::DOUBLE)"
 
 
 def _time(spec: PointsSpec, types: dict[str, str]) -> str:
-    if spec.columns.time is None:
-        return "0::BIGINT"
     column, unit = _name(spec.columns.time), {"s": 1e6, "ms": 1e3}[spec.time_unit]
     numeric = f"TRY_CAST(round(TRY_CAST({column} AS DOUBLE) * {unit!r}) AS BIGINT)"
     stamp = f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ))"
-    kind = types.get(spec.columns.time, "VARCHAR")
-    if kind.startswith(("TIMESTAMP", "DATE")):
+    kind = types.get(spec.columns.time or "", "VARCHAR")
+    if kind in ("TIMESTAMP WITH TIME ZONE", "TIMESTAMP") and (kind != "TIMESTAMP" or spec.time_zone == "UTC"):
+        value = f"epoch_us({column})"
+    elif kind.startswith(("TIMESTAMP", "DATE")):
         value = stamp
     elif kind == "VARCHAR":
         value = f"coalesce({numeric}, {stamp})"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numba import njit
 from numpy.typing import NDArray
 
 from roadfuse_core.grid import Grid, fit_projection
@@ -16,11 +17,12 @@ from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicl
 from roadfuse_core.points._read import Rows, read_rows
 from roadfuse_core.settings import PointsSpec
 
-__all__ = ["Slice", "SliceReport", "aggregate", "arrays_of", "map_slice", "period_of"]
+__all__ = ["PixelSums", "Slice", "SliceReport", "aggregate", "arrays_of", "map_slice", "period_of"]
 
 Ints = NDArray[np.int64]
-ROW_GROUP = 1 << 16
+ROW_GROUP = 1 << 17
 MAX_INTERVAL_S = 1e6
+DAY_US = 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class SliceReport:
         reasons: Rows by `Reason` name.
         first_us: Earliest time of a kept row, microseconds since 1970; None if none is kept.
         last_us: Latest.
+        first_period: Smallest period number in the shard.
+        periods: How many periods the shard's keys speak of.
         tiles: Kept points by tile number.
     """
 
@@ -67,6 +71,8 @@ class SliceReport:
     reasons: dict[str, int]
     first_us: int | None
     last_us: int | None
+    first_period: int
+    periods: int
     tiles: dict[int, int] = field(default_factory=dict)
 
 
@@ -105,9 +111,9 @@ def map_slice(job: Slice) -> SliceReport:
     if job.vehicles_matter:
         derive = job.spec.columns.interval is None
         interval = judge_vehicles(rows, placed, job.spec.clean, job.grid.resolution_m, derive)
-    table = aggregate(rows, placed, interval, job.spec, job.grid)
-    _write(table, Path(job.shard))
-    report = _report(job, rows, placed, table)
+    sums = aggregate(rows, placed, interval, job.spec, job.grid)
+    _write(sums, Path(job.shard))
+    report = _report(job, rows, placed, sums)
     part = report_path.with_suffix(".part")
     part.write_text(json.dumps(asdict(report)))
     part.rename(report_path)
@@ -126,72 +132,132 @@ def period_of(time_us: Ints, period: str) -> Ints:
     return np.zeros(len(time_us), np.int64)
 
 
-def aggregate(rows: Rows, placed: Placed, interval: NDArray[np.float64], spec: PointsSpec, grid: Grid) -> pa.Table:
-    """Sums of the kept rows per tile, period and pixel, sorted by these; all int64."""
+@dataclass(frozen=True)
+class PixelSums:
+    """Sums of kept rows per tile, period and pixel.
+
+    Attributes:
+        key: (m,) int64, ascending, ((tile · periods + period - first_period) · tile_px² + pixel).
+        arrays: (m,) int64 each, by array name.
+        first_period: Smallest period number.
+        periods: How many periods the keys speak of.
+    """
+
+    key: Ints
+    arrays: dict[str, Ints]
+    first_period: int
+    periods: int
+
+
+def aggregate(rows: Rows, placed: Placed, interval: NDArray[np.float64], spec: PointsSpec, grid: Grid) -> PixelSums:
+    """Add up the kept rows.
+
+    Keys are sorted together with their row numbers, packed into one integer: NumPy sorts those with vector
+    instructions, six times faster than it sorts an index.
+    """
+    first_day, table, first_period, periods = _period_table(rows, placed, spec.period)
     keep = np.flatnonzero(placed.reason == Reason.KEPT)
-    col, row = placed.col[keep].astype(np.int64), placed.row[keep].astype(np.int64)
-    px = grid.tile_px
-    tile = row // px * grid.tiles_x + col // px
-    pixel = row % px * px + col % px
-    period = period_of(rows.time_us[keep], spec.period)
-    periods = int(period.max(initial=0)) + 1
-    key = (tile * periods + period) * px**2 + pixel
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if len(key) else np.zeros(0, np.int64)
-    columns = {
-        "tile": key[first] // px**2 // periods,
-        "period": key[first] // px**2 % periods,
-        "pixel": key[first] % px**2,
-        "count": np.diff(np.append(first, len(key))),
-    }
-    chosen = keep[order]
-    wanted = set(arrays_of(spec))
-    for name, values in _fixed_point(rows, interval, chosen).items():
-        if name in wanted:
-            columns[name] = np.add.reduceat(values, first) if len(first) else np.zeros(0, np.int64)
-    return pa.table({k: pa.array(v, pa.int64()) for k, v in columns.items()})
+    key = np.empty(len(keep), np.int64)
+    _keys(keep, placed.col, placed.row, rows.time_us, first_day, table, periods, grid.tile_px, grid.tiles_x, key)
+    names = arrays_of(spec)
+    if names == ("count",):
+        key.sort()
+        order = np.zeros(0, np.int64)
+    else:
+        key, order = _sorted_with_rows(key, keep, grid.n_tiles * periods * grid.tile_px**2)
+    sums = np.zeros((len(names), len(key)), np.int64)
+    quantities = interval if "interval_sum" in names else rows.interval[:0]
+    distinct = _sum_runs(key, order, rows.speed, rows.bearing, quantities, _SIN, _COS, sums)
+    arrays = {name: sums[k, :distinct] for k, name in enumerate(names)}
+    return PixelSums(key[:distinct], arrays, first_period, periods)
+
+
+def _period_table(rows: Rows, placed: Placed, period: str) -> tuple[int, Ints, int, int]:
+    """Each day's period, relative to the first: first day, table, first period, number of periods."""
+    kept = rows.time_us[placed.reason == Reason.KEPT] if len(rows.time_us) else rows.time_us
+    if period == "all" or not len(kept):
+        return 0, np.zeros(0, np.int64), 0, 1
+    low, high = int(kept.min() // DAY_US), int(kept.max() // DAY_US)
+    table = period_of(np.arange(low, high + 1) * DAY_US, period)
+    return low, table - table[0], int(table[0]), int(table[-1] - table[0]) + 1
+
+
+@njit(cache=True, nogil=True)
+def _keys(keep, col, row, time_us, first_day, table, periods, px, tiles_x, key):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    for k in range(len(keep)):
+        i = keep[k]
+        c, r = int(col[i]), int(row[i])
+        period = table[time_us[i] // DAY_US - first_day] if len(table) else 0
+        key[k] = (((r // px) * tiles_x + c // px) * periods + period) * px * px + (r % px) * px + c % px
+
+
+def _sorted_with_rows(key: Ints, keep: Ints, keys: int) -> tuple[Ints, Ints]:
+    """Keys ascending, and the row that each came from; the order among equal keys does not matter to sums."""
+    bits = max(1, len(key).bit_length())
+    if keys.bit_length() + bits > 63:
+        order = np.argsort(key, kind="stable")
+        return key[order], keep[order]
+    packed = (key << bits) | np.arange(len(key))
+    packed.sort()
+    return packed >> bits, keep[packed & ((1 << bits) - 1)]
 
 
 _ANGLES = np.radians(np.arange(36_000) / 100)
+# Sine and cosine from a table of 0.01 degree, so that they are the same on every machine.
 _SIN, _COS = (np.rint(f(_ANGLES) * 10_000).astype(np.int64) for f in (np.sin, np.cos))
 
 
-def _fixed_point(rows: Rows, interval: NDArray[np.float64], chosen: Ints) -> dict[str, Ints]:
-    """Each quantity as integers in its unit: mm/s, 1e-4, ms; zero and uncounted where missing.
+@njit(cache=True, nogil=True)
+def _sum_runs(key, order, speed, bearing, interval, sines, cosines, sums):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """Add up runs of equal keys, in fixed-point units (mm/s, 1e-4, ms); distinct keys move to the front."""
+    m = -1
+    for k in range(len(key)):
+        if m < 0 or key[k] != key[m]:
+            m += 1
+            key[m] = key[k]
+        sums[0, m] += 1
+        if not len(order):
+            continue
+        i, a = order[k], 1
+        if len(speed):
+            if np.isfinite(speed[i]) and speed[i] >= 0:
+                sums[a, m] += np.int64(np.rint(speed[i] * 1000))
+                sums[a + 1, m] += 1
+            a += 2
+        if len(bearing):
+            if np.isfinite(bearing[i]) and abs(bearing[i]) <= 720:
+                angle = np.int64(np.rint(bearing[i] * 100)) % 36_000
+                sums[a, m] += sines[angle]
+                sums[a + 1, m] += cosines[angle]
+                sums[a + 2, m] += 1
+            a += 3
+        if len(interval) and 0 <= interval[i] <= MAX_INTERVAL_S:
+            sums[a, m] += np.int64(np.rint(interval[i] * 1000))
+            sums[a + 1, m] += 1
+    return m + 1
 
-    Sine and cosine come from a table of 0.01 degree, so that they are the same on every machine.
-    """
-    speed, bearing, step = rows.speed[chosen], rows.bearing[chosen], interval[chosen]
-    has_speed = np.isfinite(speed) & (speed >= 0)
-    has_bearing = np.isfinite(bearing) & (np.abs(bearing) <= 720)
-    has_step = (step >= 0) & (step <= MAX_INTERVAL_S)
-    angle = np.rint(np.where(has_bearing, bearing, 0) * 100).astype(np.int64) % 36_000
-    return {
-        "speed_sum": np.rint(np.where(has_speed, speed, 0) * 1000).astype(np.int64),
-        "speed_count": has_speed.astype(np.int64),
-        "sin_sum": np.where(has_bearing, _SIN[angle], 0),
-        "cos_sum": np.where(has_bearing, _COS[angle], 0),
-        "bearing_count": has_bearing.astype(np.int64),
-        "interval_sum": np.rint(np.where(has_step, step, 0) * 1000).astype(np.int64),
-        "interval_count": has_step.astype(np.int64),
-    }
 
-
-def _write(table: pa.Table, shard: Path) -> None:
+def _write(sums: PixelSums, shard: Path) -> None:
     shard.parent.mkdir(parents=True, exist_ok=True)
     part = shard.with_suffix(".part")
-    pq.write_table(table, part, compression="zstd", compression_level=1, row_group_size=ROW_GROUP)
+    columns = {"key": sums.key} | sums.arrays
+    schema = pa.schema([(k, pa.int64()) for k in columns])
+    table = pa.Table.from_arrays([pa.array(v) for v in columns.values()], schema=schema)
+    # Ascending keys as differences: a few bits each.
+    pq.write_table(table, part, compression="zstd", compression_level=1, row_group_size=ROW_GROUP, use_dictionary=False,
+                   column_encoding=dict.fromkeys(columns, "DELTA_BINARY_PACKED"))  # fmt: skip
     part.rename(shard)
 
 
-def _report(job: Slice, rows: Rows, placed: Placed, table: pa.Table) -> SliceReport:
+def _report(job: Slice, rows: Rows, placed: Placed, sums: PixelSums) -> SliceReport:
     counts = np.bincount(placed.reason, minlength=len(Reason))
-    kept = rows.time_us[placed.reason == Reason.KEPT]
-    tile, points = table["tile"].to_numpy(), table["count"].to_numpy()
-    per_tile = np.bincount(tile, points, minlength=0).astype(np.int64) if len(tile) else np.zeros(0, np.int64)
+    kept = rows.time_us[placed.reason == Reason.KEPT] if len(rows.time_us) else rows.time_us
+    tile = sums.key // (sums.periods * job.grid.tile_px**2)
+    starts = np.flatnonzero(np.diff(tile, prepend=-1) != 0)
+    per_tile = np.add.reduceat(sums.arrays["count"], starts) if len(starts) else starts
     return SliceReport(
         shard=job.shard, rows=len(rows.x), reasons={r.name.lower(): int(counts[r]) for r in Reason},
         first_us=int(kept.min()) if len(kept) else None, last_us=int(kept.max()) if len(kept) else None,
-        tiles={int(t): int(per_tile[t]) for t in np.flatnonzero(per_tile)},
+        first_period=sums.first_period, periods=sums.periods,
+        tiles={int(t): int(n) for t, n in zip(tile[starts], per_tile, strict=True)},
     )  # fmt: skip
