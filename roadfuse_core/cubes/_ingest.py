@@ -253,7 +253,10 @@ def _reduce(
     names = arrays_of(spec)
     _grow(repository, spec, grid, names, reports)
     session = repository.writable_session(STAGING)
-    owners = owned_blocks(grid, {t for r in reports for t in r.tiles})
+    points: Counter[int] = Counter()
+    for report in reports:
+        points.update(report.tiles)
+    owners = owned_blocks(points)
     fork, fresh = session.fork(), not zarr.open_group(session.store, mode="r")["ledger"].attrs["dumps"]
     jobs = [BlockJob(fork, tiles, tuple(map(_shard, reports)), grid, names, fresh) for tiles in owners]
     forks = run_jobs(client, add_block, jobs, "writing blocks", tell)

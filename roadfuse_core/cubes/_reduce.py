@@ -1,8 +1,7 @@
-"""Reduce: shards of a dump are added to the cube's chunks, block by block, each block by one owner."""
+"""Reduce: shards of a dump are added to the cube's chunks, a run of tiles at a time, each by one owner."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,15 @@ import zarr
 from numba import njit
 from numpy.typing import NDArray
 
+from roadfuse_core.cubes._chunks import Chunks
 from roadfuse_core.errors import StoreError
 from roadfuse_core.grid import Grid
 
 __all__ = ["BlockJob", "Shard", "add_block", "owned_blocks"]
 
 Ints = NDArray[np.int64]
-BLOCK_PX = 2048
+BLOCK_TILES = 64
+BLOCK_POINTS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,26 @@ class BlockJob:
     fresh: bool
 
 
-def owned_blocks(grid: Grid, tiles: set[int]) -> list[tuple[int, ...]]:
-    """Touched tiles by block, row-major; every tile has exactly one owner."""
-    side = max(1, BLOCK_PX // grid.tile_px)
-    blocks: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for tile in sorted(tiles):
-        row, col = divmod(tile, grid.tiles_x)
-        blocks[row // side, col // side].append(tile)
-    return [tuple(members) for _, members in sorted(blocks.items())]
+def owned_blocks(points: dict[int, int]) -> list[tuple[int, ...]]:
+    """Touched tiles cut into runs of neighbours in tile order; every tile has exactly one owner.
+
+    Shards are sorted by tile, so that an owner decodes few of their row groups.
+
+    Args:
+        points: Points by tile number.
+
+    Returns:
+        At most 64 tiles each, and no more than 4 million points but in a single tile.
+    """
+    blocks: list[list[int]] = []
+    held = 0
+    for tile in sorted(points):
+        if not blocks or len(blocks[-1]) == BLOCK_TILES or held + points[tile] > BLOCK_POINTS:
+            blocks.append([])
+            held = 0
+        blocks[-1].append(tile)
+        held += points[tile]
+    return [tuple(block) for block in blocks]
 
 
 def add_block(job: BlockJob) -> Any:
@@ -72,25 +85,50 @@ def add_block(job: BlockJob) -> Any:
     Raises:
         StoreError: A count exceeds 32 bits.
     """
-    root = zarr.open_group(job.session.store)
+    chunks = Chunks(job.session.store, zarr.open_group(job.session.store))
     tile, period, pixel, values = _gather(job)
-    px, side = job.grid.tile_px, max(1, BLOCK_PX // job.grid.tile_px)
-    row, col = tile // job.grid.tiles_x, tile % job.grid.tiles_x
-    if not len(tile):
-        return job.session
-    origin = int(row[0]) // side * side, int(col[0]) // side * side
-    extent = min(side, job.grid.tiles_y - origin[0]) * px, min(side, job.grid.tiles_x - origin[1]) * px
-    flat = ((row - origin[0]) * px + pixel // px) * extent[1] + (col - origin[1]) * px + pixel % px
-    for name in job.arrays:
-        total = np.zeros(extent, np.int64)
-        for number in np.unique(period):
-            here = period == number
-            dense = np.zeros(extent, np.int64)
-            _scatter(dense.reshape(-1), flat[here], values[name][here])
-            _add(root[f"period/{name}"], (int(number),), origin, dense, px, job.fresh)
-            total += dense
-        _add(root[f"total/{name}"], (), origin, total, px, job.fresh)
+    order = np.lexsort([period, tile])
+    tile, period, pixel = tile[order], period[order], pixel[order]
+    values = {name: v[order] for name, v in values.items()}
+    total = np.zeros(job.grid.tile_px**2, np.int64)
+    for a, b in _runs(tile):
+        place = divmod(int(tile[a]), job.grid.tiles_x)
+        spans = [(a + c, a + d) for c, d in _runs(period[a:b])]
+        for name in job.arrays:
+            for c, d in spans:
+                _scatter(total, pixel[c:d], values[name][c:d])
+                if len(spans) > 1:
+                    _add_period(chunks, job, name, (int(period[c]), *place), pixel[c:d], values[name][c:d])
+                else:
+                    _store(chunks, f"period/{name}", (int(period[c]), *place), total, job.fresh)
+            _store(chunks, f"total/{name}", place, total, job.fresh)
+            total[pixel[a:b]] = 0
+    chunks.flush()
     return job.session
+
+
+def _runs(sorted_values: Ints) -> list[tuple[int, int]]:
+    """Half-open spans of equal values."""
+    starts = np.flatnonzero(np.diff(sorted_values, prepend=sorted_values[:1] - 1) != 0)
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(sorted_values)], strict=True))
+
+
+def _add_period(chunks: Chunks, job: BlockJob, name: str, place: tuple[int, ...], pixel: Ints, values: Ints) -> None:
+    dense = np.zeros(job.grid.tile_px**2, np.int64)
+    _scatter(dense, pixel, values)
+    _store(chunks, f"period/{name}", place, dense, job.fresh)
+
+
+def _store(chunks: Chunks, path: str, place: tuple[int, ...], dense: Ints, fresh: bool) -> None:
+    """Add to a chunk; a chunk of zeros that does not exist stays so."""
+    held = None if fresh else chunks.read(path, place)
+    if held is not None:
+        dense = held.astype(np.int64) + dense
+    elif not dense.any():
+        return
+    if chunks.array(path).dtype == np.uint32 and dense.max() > np.iinfo(np.uint32).max:
+        raise StoreError(f"{path}: more than 2³² points in one pixel and period; use a shorter period")
+    chunks.write(path, place, dense)
 
 
 def _gather(job: BlockJob) -> tuple[Ints, Ints, Ints, dict[str, Ints]]:
@@ -124,26 +162,6 @@ def _holds(statistics: Any, tiles: tuple[int, ...], span: int) -> bool:
     low, high = statistics.min // span, statistics.max // span
     first = int(np.searchsorted(tiles, low))
     return first < len(tiles) and tiles[first] <= high
-
-
-def _add(array: zarr.Array, lead: tuple[int, ...], origin: tuple[int, int], dense: Ints, px: int, fresh: bool) -> None:
-    """Add a block to an array; one write where every tile is touched, else tile by tile."""
-    rows, cols = dense.shape[0] // px, dense.shape[1] // px
-    touched = dense.reshape(rows, px, cols, px).any((1, 3))
-    if touched.all():
-        _add_region(array, lead, origin[0] * px, origin[1] * px, dense, fresh)
-        return
-    for r, c in np.argwhere(touched):
-        tile = dense[r * px : (r + 1) * px, c * px : (c + 1) * px]
-        _add_region(array, lead, (origin[0] + r) * px, (origin[1] + c) * px, tile, fresh)
-
-
-def _add_region(array: zarr.Array, lead: tuple[int, ...], row: int, col: int, dense: Ints, fresh: bool) -> None:
-    where = (*lead, slice(row, row + dense.shape[0]), slice(col, col + dense.shape[1]))
-    total = dense if fresh else array[where].astype(np.int64) + dense
-    if array.dtype == np.uint32 and total.max() > np.iinfo(np.uint32).max:
-        raise StoreError(f"{array.path}: more than 2³² points in one pixel and period; use a shorter period")
-    array[where] = total.astype(array.dtype, copy=False)
 
 
 @njit(cache=True, nogil=True)

@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from roadfuse_core.grid import Grid, PixelProjection
-from roadfuse_core.grid._projection import horner
+from roadfuse_core.grid._projection import cubic, horner
 from roadfuse_core.points._read import NO_TIME, Rows
 from roadfuse_core.settings import CleanSpec
 
@@ -98,7 +98,10 @@ def _judge_rows(
             reason[i] = 4 if swapped and turned else 5
             continue
         u, v = x[i] * scale[0] + scale[1], y[i] * scale[2] + scale[3]
-        col[i], row[i] = horner(u, v, c, 0, degree), horner(u, v, c, 1, degree)
+        if degree == 3:
+            col[i], row[i] = cubic(u, v, c, 0), cubic(u, v, c, 1)
+        else:
+            col[i], row[i] = horner(u, v, c, 0, degree), horner(u, v, c, 1, degree)
         if not (0 <= col[i] < width and 0 <= row[i] < height):
             reason[i] = 5
         elif len(speed) and speed[i] > limit:

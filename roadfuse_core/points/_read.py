@@ -9,6 +9,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from roadfuse_core.errors import DataError
@@ -87,9 +88,13 @@ def read_rows(
 
 def _writable(table: pa.Table, name: str) -> NDArray[Any]:
     """A column, or nothing; Arrow lends single chunks read-only, and the kernels are compiled for writable arrays."""
+    whole = name in ("vehicle", "time_us")
     if name not in table.column_names:
-        return np.zeros(0, np.int64 if name in ("vehicle", "time_us") else np.float64)
-    return np.require(table.column(name).to_numpy(), requirements="W")
+        return np.zeros(0, np.int64 if whole else np.float64)
+    column = table.column(name)
+    if column.null_count:
+        column = pc.fill_null(column, pa.scalar(NO_TIME if whole else float("nan"), column.type))
+    return np.require(column.to_numpy(), requirements="W")
 
 
 def _select(
@@ -140,9 +145,7 @@ def _name(column: str | None) -> str:
 
 def _number(column: str | None, types: dict[str, str]) -> str:
     kind = types.get(column or "", "VARCHAR")
-    if kind == "DOUBLE":
-        return f"coalesce({_name(column)}, 'nan'::DOUBLE)"
-    return f"coalesce(TRY_CAST({_name(column)} AS DOUBLE), 'nan'::DOUBLE)"
+    return _name(column) if kind == "DOUBLE" else f"TRY_CAST({_name(column)} AS DOUBLE)"
 
 
 def _time(spec: PointsSpec, types: dict[str, str]) -> str:
@@ -158,4 +161,4 @@ def _time(spec: PointsSpec, types: dict[str, str]) -> str:
         value = f"coalesce({numeric}, {stamp})"
     else:
         value = numeric
-    return f"coalesce({value}, {NO_TIME + 1} - 1)"
+    return value

@@ -20,7 +20,7 @@ from roadfuse_core.settings import PointsSpec
 __all__ = ["PixelSums", "Slice", "SliceReport", "aggregate", "arrays_of", "map_slice", "period_of"]
 
 Ints = NDArray[np.int64]
-ROW_GROUP = 1 << 17
+ROW_GROUP = 1 << 15
 MAX_INTERVAL_S = 1e6
 DAY_US = 86_400_000_000
 

@@ -17,7 +17,9 @@ import pytest
 from pyproj import Transformer
 
 from roadfuse_core.cubes import CubeReader, committer_lock, cubes_path, ingest, ledger, open_repository, plan_ingest, read_group
+from roadfuse_core.cubes._reduce import owned_blocks
 from roadfuse_core.errors import ConfigError, DataError, StoreError
+from roadfuse_core.grid import Grid
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.simulate import CityKnobs, DirtKnobs, simulate_city
 
@@ -256,3 +258,34 @@ def test_readers_open_it_with_xarray(small_city):
 def test_the_lock_names_the_folder(tmp_path: Path):
     with committer_lock(tmp_path), pytest.raises(StoreError, match="is writing"), committer_lock(tmp_path):
         pass
+
+
+def test_chunks_are_those_of_zarr(tmp_path):
+    import zarr
+
+    from roadfuse_core.cubes._chunks import Chunks
+    from roadfuse_core.cubes._repository import create_arrays
+
+    grid = Grid("EPSG:32633", 1.0, 64, 0, 2, 2, 3)
+    session = open_repository(tmp_path / "r", create=True).writable_session("main")
+    root = zarr.open_group(session.store)
+    create_arrays(root, grid, ("count", "speed_sum"), "month")
+    root["period/count"].resize((2, *grid.shape))
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.integers(0, 2**32, (64, 64)), rng.integers(-(2**40), 2**40, (64, 64))
+    chunks = Chunks(session.store, root)
+    chunks.write("period/count", (1, 1, 2), ours)
+    chunks.flush()
+    assert np.array_equal(root["period/count"][1, 64:, 128:], ours)
+    root["total/speed_sum"][64:, :64] = theirs
+    assert np.array_equal(chunks.read("total/speed_sum", (1, 0)).reshape(64, 64), theirs)
+    assert chunks.read("total/speed_sum", (0, 0)) is None
+
+
+def test_every_touched_tile_has_one_owner():
+    rng = np.random.default_rng(0)
+    points = {int(t): int(n) for t, n in zip(rng.permutation(5000)[:700], rng.integers(1, 3_000_000, 700))}
+    owners = owned_blocks(points)
+    assert sorted(t for o in owners for t in o) == sorted(points)
+    assert all(len(o) == 1 or sum(points[t] for t in o) <= 4_000_000 for o in owners)
+    assert max(map(len, owned_blocks(dict.fromkeys(range(1000), 1)))) == 64

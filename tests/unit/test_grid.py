@@ -19,7 +19,7 @@ from roadfuse_core.grid import (
     make_grid,
     split_tiles,
 )
-from roadfuse_core.grid._projection import horner
+from roadfuse_core.grid._projection import cubic, horner
 
 grids = st.builds(
     Grid,
@@ -121,6 +121,9 @@ def test_compiled_and_plain_projection_are_equal_to_the_bit():
     plain = np.stack(p.pixels(x, y))
     compiled = [[horner(a * s[0] + s[1], b * s[2] + s[3], p.coefficients, k, p.degree) for a, b in zip(x, y)] for k in (0, 1)]
     assert np.array_equal(plain, np.array(compiled))
+    unrolled = [[cubic(a * s[0] + s[1], b * s[2] + s[3], p.coefficients, k) for a, b in zip(x, y)] for k in (0, 1)]
+    assert p.degree == 3
+    assert np.array_equal(plain, np.array(unrolled))
 
 
 @given(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
