@@ -112,6 +112,8 @@ def ingest(
     city_file: CityFile,
     files: Annotated[list[str] | None, typer.Argument(help="Files or globs instead of points.sources.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and stop.")] = False,
+    replace: Annotated[str | None, typer.Option(metavar="DUMP", help="A dump that leaves the cube in the same step.")] = None,
+    quarantine: Annotated[Path | None, typer.Option(metavar="DIR", help="Write rejected rows there, with reasons.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring new dumps into the cube, wholly or not at all."""
@@ -121,7 +123,7 @@ def ingest(
     from tasks.progress import ConsoleProgress
 
     city = load_city(city_file)
-    plan = plan_ingest(city, files)
+    plan = plan_ingest(city, files, replace)
     if dry_run or not plan.dump:
         facts = {"dump": plan.dump or None, "new_files": len(plan.files), "known_files": len(plan.known), "rows": plan.rows,
                  "slices": plan.slices}  # fmt: skip
@@ -130,7 +132,7 @@ def ingest(
         )
         return
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
-        entry = ingest_dumps(city, files, client, tell)
+        entry = ingest_dumps(city, files, client, tell, replace, quarantine)
     _print_json(entry) if as_json else _show_ledger([entry] if entry else [])
 
 

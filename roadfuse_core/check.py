@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.inference import load_predictor, resolve_weights
 from roadfuse_core.labels import open_map
 from roadfuse_core.points import (
+    Part,
     Reason,
     SourceFile,
     arrays_of,
@@ -24,6 +26,7 @@ from roadfuse_core.points import (
     judge_rows,
     materialise,
     read_rows,
+    to_wgs84,
 )
 from roadfuse_core.settings import City, InvalidCityError, MapSpec
 
@@ -70,7 +73,7 @@ def _check_points(city: City) -> list[str]:
         return ["points: none; the map comes from imagery alone"]
     grid, files = city.make_grid(), find_sources(city)
     fit_projection(grid, city.points.crs)
-    rows = check_columns(city, files)
+    rows = sum(n or 0 for n in check_columns(city, files))
     empty = empty_files(city, files)
     if len(empty) == len(files):
         raise ConfigError("points.sources", list(city.points.sources), "hold no rows", "point at files with data")
@@ -83,8 +86,10 @@ def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
     """Place the first rows of a file; a city whose points lie elsewhere is found before they are all read."""
     assert city.points is not None
     with tempfile.TemporaryDirectory() as scratch:
-        paths = materialise([file], Path(scratch))
-        rows = read_rows(city.points, paths, 0, 1, False, Path(scratch), limit=SAMPLE_ROWS)
+        part = Part(tuple(materialise([file], Path(scratch))))
+        rows = read_rows(city.points, part, False, Path(scratch), limit=SAMPLE_ROWS)
+    x, y = to_wgs84(rows.x, rows.y, city.points.datum)
+    rows = replace(rows, x=x, y=y)
     reason = judge_rows(rows, city.points.clean, grid, fit_projection(grid, city.points.crs)).reason
     share = {r: float(np.mean(reason == r)) for r in Reason}
     if share[Reason.SWAPPED] > share[Reason.KEPT]:

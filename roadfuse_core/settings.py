@@ -91,9 +91,12 @@ class CleanSpec(_Spec):
 class PointsSpec(_Spec):
     """Trajectory dumps and how to read them."""
 
-    sources: tuple[str, ...] = Field(min_length=1, description="files or globs, Parquet, CSV, gz, or `archive.zip::pattern`")
+    sources: tuple[str, ...] = Field(
+        min_length=1, description="files, folders or globs: Parquet, CSV, gz, or `archive.zip::pattern`"
+    )
     columns: ColumnSpec
     crs: str = Field("EPSG:4326", description="CRS of the positions")
+    datum: Literal["wgs84", "gcj02", "bd09"] = Field("wgs84", description="gcj02 and bd09 are shifted to WGS-84 first")
     speed_unit: Literal["km/h", "m/s", "mph", "m/min", "knots"] = Field("km/h", description="unit of `speed`")
     time_unit: Literal["s", "ms"] = Field("s", description="unit of numeric times since 1970")
     time_zone: str = Field("UTC", description="zone of times that state none")
@@ -105,6 +108,8 @@ class PointsSpec(_Spec):
     def _time_for_periods(self) -> PointsSpec:
         if self.columns.time is None and self.period != "all":
             raise ValueError(f"period {self.period!r} needs columns.time; name the column or set period: all")
+        if self.datum != "wgs84" and self.crs != "EPSG:4326":
+            raise ValueError(f"datum {self.datum!r} is for longitudes and latitudes; leave crs at EPSG:4326")
         return self
 
 

@@ -1,6 +1,6 @@
 """The cube of integer sums: written in whole dumps, read in windows, rendered to layers."""
 
-from roadfuse_core.cubes._ingest import IngestPlan, LedgerEntry, cubes_path, ingest, ledger, plan_ingest
+from roadfuse_core.cubes._ingest import IngestPlan, LedgerEntry, changed_tiles, cubes_path, ingest, ledger, plan_ingest
 from roadfuse_core.cubes._read import CubeReader
 from roadfuse_core.cubes._render import FIXED_POINT, QUANTITIES, Layer, halo_px, render
 from roadfuse_core.cubes._repository import (
@@ -18,6 +18,7 @@ __all__ = [
     "IngestPlan",
     "Layer",
     "LedgerEntry",
+    "changed_tiles",
     "committer_lock",
     "cubes_path",
     "grid_attributes",

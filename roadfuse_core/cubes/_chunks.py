@@ -65,6 +65,10 @@ class Chunks:
         dtype = self.array(path).dtype.newbyteorder("<")
         self.waiting.append((self._key(path, place), _ZSTD.encode(np.ascontiguousarray(values, dtype))))
 
+    def remove(self, path: str, place: tuple[int, ...]) -> None:
+        """Forget a chunk, so that it reads as zeros."""
+        sync(self.store.delete(self._key(path, place)))
+
     def flush(self) -> None:
         """Store all encoded chunks at once."""
         waiting, self.waiting = self.waiting, []

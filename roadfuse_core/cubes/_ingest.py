@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -31,8 +32,10 @@ from roadfuse_core.cubes._repository import (
     read_group,
 )
 from roadfuse_core.errors import ConfigError, DataError, StoreError
-from roadfuse_core.grid import Grid
+from roadfuse_core.grid import Grid, TileIndex
 from roadfuse_core.points import (
+    Part,
+    Shuffle,
     Slice,
     SliceReport,
     SourceFile,
@@ -43,10 +46,12 @@ from roadfuse_core.points import (
     map_slice,
     materialise,
     needs_vehicles,
+    read_report,
+    shuffle_slice,
 )
 from roadfuse_core.settings import City, PointsSpec
 
-__all__ = ["IngestPlan", "LedgerEntry", "cubes_path", "ingest", "ledger", "plan_ingest"]
+__all__ = ["IngestPlan", "LedgerEntry", "changed_tiles", "cubes_path", "ingest", "ledger", "plan_ingest"]
 
 log = logging.getLogger(__name__)
 ROWS_PER_SLICE = 4_000_000
@@ -93,45 +98,51 @@ def ledger(city: City) -> dict[str, LedgerEntry]:
     return dict(sorted(root["ledger"].attrs["dumps"].items(), key=lambda item: item[1]["committed"]))
 
 
-def plan_ingest(city: City, patterns: list[str] | None = None) -> IngestPlan:
+def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | None = None) -> IngestPlan:
     """What is new among the city's files; reads headers and hashes, writes nothing.
 
     Args:
         city: The city.
         patterns: Files or globs instead of the city's own sources.
+        replace: A dump whose files count as new, because it leaves the cube.
 
     Raises:
         ConfigError: Sources match nothing or lack a column.
         DataError: A file is unreadable, or one that was ingested has changed.
     """
     files = find_sources(city, patterns)
-    rows = check_columns(city, files)
-    entries = ledger(city)
-    held = {f["hash"]: name for name, e in entries.items() for f in e["files"]}
-    by_label = {f["label"]: f["hash"] for e in entries.values() for f in e["files"]}
     if needs_vehicles(_spec(city)) and len({f.is_parquet for f in files}) > 1:
         raise ConfigError("points.sources", patterns or list(_spec(city).sources), "mix Parquet and text",
                           "ingest them apart, so that each vehicle is seen whole")  # fmt: skip
-    identified = identify(files)
-    for f in identified:
-        if f["label"] in by_label and f["hash"] not in held:
+    counted = check_columns(city, files)
+    entries = {name: e for name, e in ledger(city).items() if name != replace}
+    held = {f["hash"] for e in entries.values() for f in e["files"]}
+    by_label = {f["label"] for e in entries.values() for f in e["files"]}
+    new: list[dict[str, Any]] = []
+    known: list[str] = []
+    for f, rows in zip(identify(files), counted, strict=True):
+        if f["hash"] in held:
+            known.append(str(f["label"]))
+        elif f["label"] in by_label:
             raise DataError(f"points.sources: {f['label']} was ingested with other content; give the new content a new name")
-    new = [f for f in identified if f["hash"] not in held]
-    known = [str(f["label"]) for f in identified if f["hash"] in held]
+        else:
+            new.append(f | {"rows": rows if rows is not None else int(str(f["size"])) // BYTES_PER_TEXT_ROW})
     if not new:
         return IngestPlan("", [], known, 0, 0)
-    if known:
-        rows = check_columns(city, [SourceFile(str(f["path"]), str(f["member"])) for f in new])
-    rows += (
-        sum(int(str(f["size"])) for f in new if not str(f["member"] or f["path"]).endswith((".parquet", ".pq")))
-        // BYTES_PER_TEXT_ROW
-    )
-    dump = hashlib.blake2b("".join(sorted(str(f["hash"]) for f in new)).encode(), digest_size=6).hexdigest()
+    # In the order of their content, so that a run after a crash makes the same slices, whatever the files are called.
+    new.sort(key=lambda f: (f["hash"], f["label"]))
+    dump = hashlib.blake2b("".join(f["hash"] for f in new).encode(), digest_size=6).hexdigest()
+    rows = sum(f["rows"] for f in new)
     return IngestPlan(dump, new, known, rows, max(1, -(-rows // ROWS_PER_SLICE)))
 
 
 def ingest(
-    city: City, patterns: list[str] | None = None, client: Client | None = None, tell: Progress = quiet
+    city: City,
+    patterns: list[str] | None = None,
+    client: Client | None = None,
+    tell: Progress = quiet,
+    replace: str | None = None,
+    quarantine: Path | None = None,
 ) -> LedgerEntry | None:
     """Bring the new files into the cube as one dump: wholly or not at all.
 
@@ -142,6 +153,8 @@ def ingest(
         patterns: Files or globs instead of the city's own sources.
         client: Dask; None works in this process, with the same result.
         tell: Progress.
+        replace: A dump of the ledger that leaves the cube in the same step; the result is as if it had never been in.
+        quarantine: Folder for the rejected rows, as Parquet with their reasons.
 
     Returns:
         The dump's ledger entry; None when nothing is new.
@@ -156,18 +169,21 @@ def ingest(
         return None
     grid = city.make_grid()
     with committer_lock(city.workspace_path):
-        plan = plan_ingest(city, patterns)
-        if not plan.dump:
+        outgoing = _outgoing(city, replace) if replace else []
+        plan = plan_ingest(city, patterns, replace)
+        if not plan.dump or plan.dump == replace:
+            _keep_contributions(city)
             return None
         _require_same_cube(city, grid, spec)
         began = time.perf_counter()
         folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid)}"
-        reports = _map(plan, spec, grid, folder, client, tell)
-        entry = _entry(plan, reports, began)
+        jobs = _slices(plan, spec, folder, client, tell, str(quarantine or ""), grid)
+        reports = run_jobs(client, map_slice, jobs, "reading points", tell)
+        entry = _entry(plan, reports, began) | {"shards": folder.name}
         _refuse_exchanged(entry)
         repository = open_repository(cubes_path(city), create=True)
-        snapshot = _reduce(repository, spec, grid, entry, reports, client, tell)
-        shutil.rmtree(folder, ignore_errors=True)
+        snapshot = _reduce(repository, spec, grid, entry, [*reports, *outgoing], replace, client, tell)
+        _keep_contributions(city)
     return entry | {"snapshot": snapshot}
 
 
@@ -199,24 +215,92 @@ def _require_same_cube(city: City, grid: Grid, spec: PointsSpec) -> None:
             )
 
 
-def _map(
-    plan: IngestPlan, spec: PointsSpec, grid: Grid, folder: Path, client: Client | None, tell: Progress
-) -> list[SliceReport]:
-    parts = {True: [f for f in plan.sources if f.is_parquet], False: [f for f in plan.sources if not f.is_parquet]}
-    bare = spec.model_copy(update={"sources": ("-",)})
-    jobs = []
-    for parquet, files in parts.items():
-        if not files:
+def _outgoing(city: City, dump: str) -> list[SliceReport]:
+    """What a dump once added, from the shards that are kept.
+
+    Raises:
+        ConfigError: There is no such dump.
+        StoreError: Its shards are gone.
+    """
+    entries = ledger(city)
+    if dump not in entries:
+        raise ConfigError("--replace", dump, "is not in the ledger", f"it holds {', '.join(entries) or 'nothing'}")
+    folder = city.workspace_path / "shards" / str(entries[dump].get("shards"))
+    reports = [read_report(p) for p in sorted(folder.glob("shard-*.json"))]
+    if sum(r.rows for r in reports) != entries[dump]["rows"]:
+        raise StoreError(f"{folder}: the dump's contributions are no longer kept; build the cube anew in another workspace")
+    return [dataclasses.replace(r, sign=-1) for r in reports]
+
+
+def _keep_contributions(city: City) -> None:
+    """Keep the shards of dumps in the ledger, for replacing; remove everything else."""
+    kept = {e.get("shards") for e in ledger(city).values()}
+    for folder in (city.workspace_path / "shards").glob("*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
             continue
-        paths = tuple(materialise(files, folder / "unpacked"))
-        # Vehicle rules need all samples of a vehicle in one slice; otherwise a hash of nothing splits nothing.
-        buckets = plan.slices if needs_vehicles(spec) else 1
-        groups = [paths] if needs_vehicles(spec) else [paths[k :: plan.slices] for k in range(min(plan.slices, len(paths)))]
-        kind = "parquet" if parquet else "text"
-        for n, bucket in itertools.product(range(len(groups)), range(buckets)):
-            shard = folder / f"{kind}-{n:04d}-{bucket:04d}.parquet"
-            jobs.append(Slice(bare, grid, groups[n], bucket, buckets, str(shard)))
-    return run_jobs(client, map_slice, jobs, "reading points", tell)
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif not path.name.startswith("shard-"):
+                path.unlink()
+
+
+def changed_tiles(city: City, since: str) -> set[TileIndex]:
+    """Tiles whose points changed between a snapshot of the cube and the newest.
+
+    Args:
+        city: The city.
+        since: An earlier snapshot, as an ingest returns it.
+
+    Raises:
+        StoreError: The snapshot is no longer among the newest one's ancestors.
+    """
+    repository = open_repository(cubes_path(city))
+    try:
+        diff = repository.diff(from_snapshot_id=since, to_branch=MAIN)
+    except icechunk.IcechunkError as error:
+        raise StoreError(f"{cubes_path(city)}: snapshot {since} is no longer held; compare by a full run") from error
+    chunks = diff.updated_chunks.get("/total/count", [])
+    return {TileIndex(*place) for place in chunks}
+
+
+def _slices(
+    plan: IngestPlan, spec: PointsSpec, folder: Path, client: Client | None, tell: Progress, quarantine: str, grid: Grid
+) -> list[Slice]:
+    """The jobs of the map; where vehicles matter, their samples are brought together first."""
+    bare = spec.model_copy(update={"sources": ("-",)})
+    parts = _parts(plan, folder)
+    if needs_vehicles(spec) and len(parts) > 1:
+        shuffles = [Shuffle(bare, part, plan.slices, str(folder / f"shuffle-{n:05d}.parquet")) for n, part in enumerate(parts)]
+        shuffled = tuple(run_jobs(client, shuffle_slice, shuffles, "shuffling vehicles", tell))
+        parts = [Part(shuffled, bucket=k) for k in range(plan.slices)]
+    away = f"{quarantine}/{plan.dump}" if quarantine else ""
+    return [Slice(bare, grid, part, str(folder / f"shard-{n:05d}.parquet"), away) for n, part in enumerate(parts)]
+
+
+def _parts(plan: IngestPlan, folder: Path) -> list[Part]:
+    """The dump in parts of at most about `ROWS_PER_SLICE` rows: small files together, large Parquet files in pieces."""
+    parts: list[Part] = []
+    for parquet in (True, False):
+        files = [f for f, s in zip(plan.files, plan.sources, strict=True) if s.is_parquet == parquet]
+        sources = [s for s in plan.sources if s.is_parquet == parquet]
+        paths = materialise(sources, folder / "unpacked")
+        together: list[str] = []
+        held = 0
+        for path, rows in zip(paths, (f["rows"] for f in files), strict=True):
+            if parquet and rows > ROWS_PER_SLICE:
+                cuts = [*range(0, rows, ROWS_PER_SLICE), rows]
+                parts += [Part((path,), rows=pair) for pair in itertools.pairwise(cuts)]
+                continue
+            if together and held + rows > ROWS_PER_SLICE:
+                parts.append(Part(tuple(together)))
+                together, held = [], 0
+            together.append(path)
+            held += rows
+        if together:
+            parts.append(Part(tuple(together)))
+    return parts
 
 
 def _entry(plan: IngestPlan, reports: list[SliceReport], began: float) -> LedgerEntry:
@@ -243,7 +327,7 @@ def _refuse_exchanged(entry: LedgerEntry) -> None:
 
 def _reduce(
     repository: icechunk.Repository, spec: PointsSpec, grid: Grid, entry: LedgerEntry,
-    reports: list[SliceReport], client: Client | None, tell: Progress,
+    reports: list[SliceReport], replace: str | None, client: Client | None, tell: Progress,
 ) -> str:  # fmt: skip
     """Add the shards to the cube on a staging branch, ledger last, then move `main` to it."""
     base = repository.lookup_branch(MAIN)
@@ -262,7 +346,7 @@ def _reduce(
     forks = run_jobs(client, add_block, jobs, "writing blocks", tell)
     session.merge(*forks)
     root = zarr.open_group(session.store)
-    dumps = dict(root["ledger"].attrs["dumps"])
+    dumps = {name: e for name, e in root["ledger"].attrs["dumps"].items() if name != replace}
     root["ledger"].attrs["dumps"] = dumps | {entry["dump"]: entry}
     snapshot = session.commit(f"dump {entry['dump']}: {entry['kept']} points")
     publish(repository, snapshot, base)
@@ -288,4 +372,4 @@ def _grow(
 
 
 def _shard(report: SliceReport) -> Shard:
-    return Shard(report.shard, report.first_period, report.periods)
+    return Shard(report.shard, report.first_period, report.periods, report.sign)

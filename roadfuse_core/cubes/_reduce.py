@@ -24,11 +24,19 @@ BLOCK_POINTS = 4_000_000
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard and how its keys are made: ((tile · periods + period - first_period) · tile_px² + pixel)."""
+    """A shard and how its keys are made: ((tile · periods + period - first_period) · tile_px² + pixel).
+
+    Attributes:
+        path: The file.
+        first_period: Smallest period number in it.
+        periods: How many its keys speak of.
+        sign: 1 adds it to the cube; -1 takes it out again.
+    """
 
     path: str
     first_period: int
     periods: int
+    sign: int = 1
 
 
 @dataclass(frozen=True)
@@ -120,12 +128,18 @@ def _add_period(chunks: Chunks, job: BlockJob, name: str, place: tuple[int, ...]
 
 
 def _store(chunks: Chunks, path: str, place: tuple[int, ...], dense: Ints, fresh: bool) -> None:
-    """Add to a chunk; a chunk of zeros that does not exist stays so."""
+    """Add to a chunk; one that is left with zeros alone is removed, as if it had never been written."""
     held = None if fresh else chunks.read(path, place)
     if held is not None:
+        if not dense.any():
+            return
         dense = held.astype(np.int64) + dense
-    elif not dense.any():
+    if not dense.any():
+        if held is not None:
+            chunks.remove(path, place)
         return
+    if dense.min() < 0 and chunks.array(path).dtype == np.uint32:
+        raise StoreError(f"{path}: a dump would be taken out that is not in the cube; build the cube anew")
     if chunks.array(path).dtype == np.uint32 and dense.max() > np.iinfo(np.uint32).max:
         raise StoreError(f"{path}: more than 2³² points in one pixel and period; use a shorter period")
     chunks.write(path, place, dense)
@@ -140,7 +154,7 @@ def _gather(job: BlockJob) -> tuple[Ints, Ints, Ints, dict[str, Ints]]:
         key = columns[0]
         within = key % span
         period = within // job.grid.tile_px**2 + shard.first_period
-        parts.append([key // span, period, within % job.grid.tile_px**2, *columns[1:]])
+        parts.append([key // span, period, within % job.grid.tile_px**2, *(c * shard.sign for c in columns[1:])])
     tile, period, pixel, *values = (np.concatenate(c) for c in zip(*parts, strict=True))
     return tile, period, pixel, dict(zip(job.arrays, values, strict=True))
 

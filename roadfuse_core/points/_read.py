@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from roadfuse_core.errors import DataError
 from roadfuse_core.settings import PointsSpec
 
-__all__ = ["METRES_PER_SECOND", "Rows", "read_rows"]
+__all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_rows", "shuffle_rows"]
 
 METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
 NO_TIME = np.iinfo(np.int64).min
@@ -47,22 +49,47 @@ class Rows:
     interval: Floats
 
 
-def read_rows(
-    spec: PointsSpec,
-    paths: list[str],
-    bucket: int,
-    buckets: int,
-    ordered: bool,
-    scratch: Path,
-    limit: int | None = None,
-) -> Rows:
-    """The rows of some files, or of one bucket of their vehicles.
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a dump.
+
+    Attributes:
+        paths: Files, all Parquet or all text; or what `shuffle_rows` wrote.
+        rows: Row numbers [from, to) of a single Parquet file; None for all rows.
+        bucket: Which vehicles of shuffled files; None for files as they came.
+    """
+
+    paths: tuple[str, ...]
+    rows: tuple[int, int] | None = None
+    bucket: int | None = None
+
+
+@contextmanager
+def _connection(spec: PointsSpec, paths: tuple[str, ...], scratch: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB on one thread and 1 GB, spilling to a scratch folder; its errors name the files."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = ?", [spec.time_zone])
+        connection.execute("SET temp_directory = ?", [str(scratch)])
+        connection.execute("SET threads = 1")
+        connection.execute("SET memory_limit = '1GB'")
+        connection.execute("SET enable_progress_bar = false")
+        connection.execute("SET preserve_insertion_order = false")
+        try:
+            yield connection
+        except duckdb.Error as error:
+            line = str(error).split("\n")[0]
+            raise DataError(
+                f"points.sources: cannot read {paths[0]} and {len(paths) - 1} more ({line}); check the file"
+            ) from error
+
+
+def read_rows(spec: PointsSpec, part: Part, ordered: bool, scratch: Path, limit: int | None = None) -> Rows:
+    """The rows of a part.
 
     Args:
         spec: How the files are laid out.
-        paths: All Parquet or all text.
-        bucket: Which vehicles, by hash, out of `buckets`.
-        buckets: 1 reads every row.
+        part: Which rows.
         ordered: Sort by vehicle, time and all other columns, so that the order is the same for any split into files.
         scratch: Where DuckDB spills.
         limit: Read no more rows than this; for a look at a file.
@@ -70,20 +97,37 @@ def read_rows(
     Raises:
         DataError: DuckDB cannot read a file.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    with duckdb.connect() as connection:
-        connection.execute("SET TimeZone = ?", [spec.time_zone])
-        connection.execute("SET temp_directory = ?", [str(scratch)])
-        connection.execute("SET threads = 1")
-        connection.execute("SET preserve_insertion_order = false")
-        try:
-            table = _select(connection, spec, paths, bucket, buckets, ordered, limit)
-        except duckdb.Error as error:
-            line = str(error).split("\n")[0]
-            raise DataError(
-                f"points.sources: cannot read {paths[0]} and {len(paths) - 1} more ({line}); check the file"
-            ) from error
+    with _connection(spec, part.paths, scratch) as connection:
+        query, parameters = _query(connection, spec, part, ordered)
+        some = f" LIMIT {int(limit)}" if limit else ""
+        table = connection.sql(query + some, params=parameters).to_arrow_table()
     return Rows(**{name: _writable(table, name) for name in Rows.__dataclass_fields__})
+
+
+def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scratch: Path) -> None:
+    """Write a part's rows, in plain columns, sorted by the bucket of their vehicle.
+
+    Each bucket can then be read from all such files by the few row groups that hold it: vehicles come together in
+    one pass over the dump, however large it is.
+
+    Args:
+        spec: How the files are laid out.
+        part: Which rows.
+        buckets: How many buckets.
+        target: The Parquet file; renamed when whole.
+        scratch: Where DuckDB spills.
+
+    Raises:
+        DataError: DuckDB cannot read a file.
+    """
+    unfinished = target.with_suffix(".part")
+    with _connection(spec, part.paths, scratch) as connection:
+        query, parameters = _query(connection, spec, part, True, unsorted=True)
+        layout = "FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE 16384"
+        out = str(unfinished).replace("'", "''")
+        bucketed = f"SELECT *, (vehicle % {int(buckets)})::INTEGER AS bucket FROM ({query}) ORDER BY bucket"
+        connection.execute(f"COPY ({bucketed}) TO '{out}' ({layout})", parameters)
+    unfinished.rename(target)
 
 
 def _writable(table: pa.Table, name: str) -> NDArray[Any]:
@@ -97,18 +141,30 @@ def _writable(table: pa.Table, name: str) -> NDArray[Any]:
     return np.require(column.to_numpy(), requirements="W")
 
 
-def _select(
-    connection: duckdb.DuckDBPyConnection, spec: PointsSpec, paths: list[str], bucket: int, buckets: int, ordered: bool,
-    limit: int | None,
-) -> pa.Table:  # fmt: skip
-    source, parameters = _source(spec, paths)
-    described = connection.execute(f"DESCRIBE SELECT * FROM {source}", parameters).fetchall()
-    types = {row[0]: row[1] for row in described}
-    c = spec.columns
-    vehicle = f"hash({_name(c.vehicle)})"
-    factor = METRES_PER_SECOND[spec.speed_unit]
+def _query(
+    connection: duckdb.DuckDBPyConnection, spec: PointsSpec, part: Part, ordered: bool, unsorted: bool = False
+) -> tuple[str, list[object]]:
+    """SQL for a part's rows in plain columns."""
+    if part.bucket is not None:
+        source, parameters = "read_parquet(?)", list[object]([list(part.paths)])
+        chosen = {name: f'"{name}"' for name in _columns(spec, {}, ordered)}
+        where = f"WHERE bucket = {int(part.bucket)}"
+    else:
+        source, parameters = _source(spec, part)
+        described = connection.execute(f"DESCRIBE SELECT * FROM {source}", parameters).fetchall()
+        chosen = _columns(spec, {row[0]: row[1] for row in described}, ordered)
+        where = "WHERE file_row_number >= {} AND file_row_number < {}".format(*map(int, part.rows)) if part.rows else ""
+    keys = [f'"{k}"' for k in ("vehicle", "time_us", "x", "y", "speed", "bearing", "interval") if k in chosen]
+    order = f"ORDER BY {', '.join(keys)}" if ordered and not unsorted else ""
+    selected = ", ".join(f'{text} AS "{name}"' for name, text in chosen.items())
+    return f"SELECT {selected} FROM {source} {where} {order}", parameters
+
+
+def _columns(spec: PointsSpec, types: dict[str, str], ordered: bool) -> dict[str, str]:
+    """SQL of each plain column that the city names."""
+    c, factor = spec.columns, METRES_PER_SECOND[spec.speed_unit]
     columns = {
-        "vehicle": f"({vehicle} >> 1)::BIGINT" if ordered and c.vehicle else None,
+        "vehicle": f"(hash({_name(c.vehicle)}) >> 1)::BIGINT" if ordered and c.vehicle else None,
         "x": _number(c.lon, types),
         "y": _number(c.lat, types),
         "time_us": _time(spec, types) if c.time else None,
@@ -116,19 +172,15 @@ def _select(
         "bearing": _number(c.bearing, types) if c.bearing else None,
         "interval": _number(c.interval, types) if c.interval else None,
     }
-    chosen = {name: text for name, text in columns.items() if text}
-    where = f"WHERE {vehicle} % {int(buckets)} = {int(bucket)}" if buckets > 1 else ""
-    keys = [f'"{k}"' for k in ("vehicle", "time_us", "x", "y", "speed", "bearing", "interval") if k in chosen]
-    order = f"ORDER BY {', '.join(keys)}" if ordered else ""
-    some = f"LIMIT {int(limit)}" if limit else ""
-    selected = ", ".join(f'{text} AS "{name}"' for name, text in chosen.items())
-    return connection.sql(f"SELECT {selected} FROM {source} {where} {order} {some}", params=parameters).to_arrow_table()
+    return {name: text for name, text in columns.items() if text}
 
 
-def _source(spec: PointsSpec, paths: list[str]) -> tuple[str, list[object]]:
+def _source(spec: PointsSpec, part: Part) -> tuple[str, list[object]]:
+    paths = list(part.paths)
     named = "true" if spec.columns.vehicle == "filename" else "false"
     if paths[0].lower().endswith((".parquet", ".pq")):
-        return f"read_parquet(?, union_by_name = true, filename = {named}, hive_partitioning = false)", [paths]
+        numbered = ", file_row_number = true" if part.rows else ""
+        return f"read_parquet(?, union_by_name = true, filename = {named}, hive_partitioning = false{numbered})", [paths]
     csv = spec.csv
     header = "true" if csv.header else "false"
     layout = f"delim = ?, header = {header}, all_varchar = true, nullstr = ?, null_padding = true, filename = {named}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,23 @@ from numpy.typing import NDArray
 
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
-from roadfuse_core.points._read import Rows, read_rows
+from roadfuse_core.points._datum import to_wgs84
+from roadfuse_core.points._read import Part, Rows, read_rows, shuffle_rows
 from roadfuse_core.settings import PointsSpec
 
-__all__ = ["PixelSums", "Slice", "SliceReport", "aggregate", "arrays_of", "map_slice", "period_of"]
+__all__ = [
+    "PixelSums",
+    "Shuffle",
+    "Slice",
+    "SliceReport",
+    "aggregate",
+    "arrays_of",
+    "map_slice",
+    "needs_vehicles",
+    "period_of",
+    "read_report",
+    "shuffle_slice",
+]
 
 Ints = NDArray[np.int64]
 ROW_GROUP = 1 << 15
@@ -32,18 +45,16 @@ class Slice:
     Attributes:
         spec: How to read and clean.
         grid: Where points go.
-        paths: Files to read.
-        bucket: Which vehicles, out of `buckets`.
-        buckets: 1 where rows are judged alone.
+        part: Which rows.
         shard: Where the sums go; a report lies beside it when it is whole.
+        quarantine: Folder for the rejected rows; none by default.
     """
 
     spec: PointsSpec
     grid: Grid
-    paths: tuple[str, ...]
-    bucket: int
-    buckets: int
+    part: Part
     shard: str
+    quarantine: str = ""
 
     @property
     def vehicles_matter(self) -> bool:
@@ -64,6 +75,7 @@ class SliceReport:
         first_period: Smallest period number in the shard.
         periods: How many periods the shard's keys speak of.
         tiles: Kept points by tile number.
+        sign: 1 for what enters a cube, -1 for what leaves it.
     """
 
     shard: str
@@ -74,6 +86,7 @@ class SliceReport:
     first_period: int
     periods: int
     tiles: dict[int, int] = field(default_factory=dict)
+    sign: int = 1
 
 
 def needs_vehicles(spec: PointsSpec) -> bool:
@@ -94,6 +107,25 @@ def arrays_of(spec: PointsSpec) -> tuple[str, ...]:
     return tuple(names)
 
 
+@dataclass(frozen=True)
+class Shuffle:
+    """One job of the shuffle: rows of a dump that go to a file sorted by the bucket of their vehicle."""
+
+    spec: PointsSpec
+    part: Part
+    buckets: int
+    target: str
+
+
+def shuffle_slice(job: Shuffle) -> str:
+    """Shuffle a part; a file that is already whole is taken as it is. Returns its path."""
+    target = Path(job.target)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shuffle_rows(job.spec, job.part, job.buckets, target, target.with_suffix(".spill"))
+    return job.target
+
+
 def map_slice(job: Slice) -> SliceReport:
     """Read, judge, place and add up a slice; a shard that is already whole is taken as it is.
 
@@ -102,15 +134,21 @@ def map_slice(job: Slice) -> SliceReport:
     """
     report_path = Path(job.shard).with_suffix(".json")
     if report_path.exists():
-        raw = json.loads(report_path.read_text())
-        return SliceReport(**{**raw, "tiles": {int(k): v for k, v in raw["tiles"].items()}})
+        return read_report(report_path)
     scratch = Path(job.shard).with_suffix(".spill")
-    rows = read_rows(job.spec, list(job.paths), job.bucket, job.buckets, job.vehicles_matter, scratch)
+    rows = read_rows(job.spec, job.part, job.vehicles_matter, scratch)
+    # What is exactly 0, 0 stays there, to be rejected as such.
+    if job.spec.datum != "wgs84":
+        nowhere = (rows.x == 0) & (rows.y == 0)
+        x, y = to_wgs84(rows.x, rows.y, job.spec.datum)
+        rows = replace(rows, x=np.where(nowhere, 0, x), y=np.where(nowhere, 0, y))
     placed = judge_rows(rows, job.spec.clean, job.grid, fit_projection(job.grid, job.spec.crs))
     interval = rows.interval
     if job.vehicles_matter:
         derive = job.spec.columns.interval is None
         interval = judge_vehicles(rows, placed, job.spec.clean, job.grid.resolution_m, derive)
+    if job.quarantine:
+        _quarantine(rows, placed, Path(job.quarantine) / Path(job.shard).name)
     sums = aggregate(rows, placed, interval, job.spec, job.grid)
     _write(sums, Path(job.shard))
     report = _report(job, rows, placed, sums)
@@ -118,6 +156,13 @@ def map_slice(job: Slice) -> SliceReport:
     part.write_text(json.dumps(asdict(report)))
     part.rename(report_path)
     return report
+
+
+def read_report(path: Path) -> SliceReport:
+    """The report beside a whole shard; the shard is where the report lies, wherever the workspace was moved."""
+    raw = json.loads(path.read_text())
+    tiles = {int(k): v for k, v in raw["tiles"].items()}
+    return SliceReport(**{**raw, "tiles": tiles, "shard": str(path.with_suffix(".parquet"))})
 
 
 def period_of(time_us: Ints, period: str) -> Ints:
@@ -247,6 +292,17 @@ def _write(sums: PixelSums, shard: Path) -> None:
     pq.write_table(table, part, compression="zstd", compression_level=1, row_group_size=ROW_GROUP, use_dictionary=False,
                    column_encoding=dict.fromkeys(columns, "DELTA_BINARY_PACKED"))  # fmt: skip
     part.rename(shard)
+
+
+def _quarantine(rows: Rows, placed: Placed, path: Path) -> None:
+    """Rejected rows as they were read, with the name of the reason."""
+    bad = np.flatnonzero(placed.reason != Reason.KEPT)
+    names = np.array([r.name.lower() for r in Reason])
+    columns = {k: getattr(rows, k)[bad] for k in Rows.__dataclass_fields__ if len(getattr(rows, k))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    pq.write_table(pa.table(columns | {"reason": names[placed.reason[bad]]}), part, compression="zstd")
+    part.rename(path)
 
 
 def _report(job: Slice, rows: Rows, placed: Placed, sums: PixelSums) -> SliceReport:

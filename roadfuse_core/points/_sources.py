@@ -63,8 +63,12 @@ def find_sources(city: City, patterns: list[str] | None = None) -> list[SourceFi
     found: set[SourceFile] = set()
     for text in patterns or spec.sources:
         outer, _, inner = text.partition("::")
-        paths = sorted(glob.glob(str(city.path(outer)), recursive=True))
+        where = str(city.path(outer))
+        # A folder stands for all data files below it, hive-partitioned or not.
+        paths = sorted(glob.glob(f"{where}/**" if Path(where).is_dir() else where, recursive=True))
         files = [f for p in paths if Path(p).is_file() for f in _expand(p, inner)]
+        if Path(where).is_dir():
+            files = [f for f in files if not Path(f.path).name.startswith((".", "_"))]
         if not files:
             raise ConfigError("points.sources", text, "matches no file", "correct the path or the pattern")
         found.update(files)
@@ -166,15 +170,18 @@ def _is_empty(opener: _Opener, file: SourceFile, header: bool) -> bool:
         return not stream.read(64).strip()
 
 
-def check_columns(city: City, files: list[SourceFile]) -> int:
-    """Open every Parquet footer and every text header; the number of Parquet rows.
+def check_columns(city: City, files: list[SourceFile]) -> list[int | None]:
+    """Open every Parquet footer and every text header; rows of each Parquet file, None for text.
 
     Raises:
         ConfigError: A named column is absent or cannot hold what it should.
         DataError: A file is truncated or is not what its ending says.
     """
     with _Opener() as opener:
-        return sum(_check_parquet(city, f) if f.is_parquet else _check_text(city, f, opener) for f in files)
+        for file in files:
+            if not file.is_parquet:
+                _check_text(city, file, opener)
+    return [_check_parquet(city, f) if f.is_parquet else None for f in files]
 
 
 def _wanted(city: City) -> dict[str, str]:
@@ -202,7 +209,7 @@ def _check_parquet(city: City, file: SourceFile) -> int:
     return int(footer.num_rows)
 
 
-def _check_text(city: City, file: SourceFile, opener: _Opener) -> int:
+def _check_text(city: City, file: SourceFile, opener: _Opener) -> None:
     spec = _points(city).csv
     names = list(spec.names)
     if spec.header:
@@ -211,7 +218,6 @@ def _check_text(city: City, file: SourceFile, opener: _Opener) -> int:
         raise ConfigError("points.csv.names", names, "is empty for a file without a header", "list the columns in order")
     for key, column in _wanted(city).items():
         _check_name(key, column, names, file)
-    return 0
 
 
 def _unpacked(file: SourceFile, raw: IO[bytes]) -> IO[bytes]:

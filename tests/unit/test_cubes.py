@@ -16,7 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 from pyproj import Transformer
 
-from roadfuse_core.cubes import CubeReader, committer_lock, cubes_path, ingest, ledger, open_repository, plan_ingest, read_group
+from roadfuse_core.cubes import (
+    CubeReader,
+    changed_tiles,
+    committer_lock,
+    cubes_path,
+    ingest,
+    ledger,
+    open_repository,
+    plan_ingest,
+    read_group,
+)
 from roadfuse_core.cubes._reduce import owned_blocks
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.grid import Grid
@@ -221,7 +231,8 @@ def _survives_kills(city: City, delays: list[float]) -> None:
         ingest(city)
         assert contents(city) == expected
         assert len(ledger(city)) == 1
-        assert not list((city.workspace_path / "shards").glob("*/*.parquet"))
+        kept = {p.name for p in (city.workspace_path / "shards").iterdir()}
+        assert kept == {e["shards"] for e in ledger(city).values()}
 
 
 def test_killed_and_run_again_equals_undisturbed(small_city):
@@ -289,3 +300,90 @@ def test_every_touched_tile_has_one_owner():
     assert sorted(t for o in owners for t in o) == sorted(points)
     assert all(len(o) == 1 or sum(points[t] for t in o) <= 4_000_000 for o in owners)
     assert max(map(len, owned_blocks(dict.fromkeys(range(1000), 1)))) == 64
+
+
+def test_any_size_of_slices_gives_the_same_cube(small_city, monkeypatch):
+    """One slice; small files together; files in pieces and vehicles shuffled."""
+    from roadfuse_core.cubes import _ingest
+
+    ingest(fresh(small_city, "whole"))
+    expected, entry = contents(fresh(small_city, "whole")), next(iter(ledger(fresh(small_city, "whole")).values()))
+    for rows in (4000, 900):
+        monkeypatch.setattr(_ingest, "ROWS_PER_SLICE", rows)
+        got = ingest(fresh(small_city, f"by-{rows}"))
+        assert contents(fresh(small_city, f"by-{rows}")) == expected
+        assert got["rejected"] == entry["rejected"]
+
+
+def test_a_copy_inside_a_dump_is_read_and_its_rows_rejected_as_repeated(small_city):
+    shutil.copy(small_city.root / "dumps/2026-03-29.parquet", small_city.root / "again.parquet")
+    entry = ingest(small_city, ["dumps/2026-03-29.parquet", "again.parquet"])
+    assert (len(entry["files"]), entry["rows"]) == (2, 6018)
+    assert entry["rejected"]["duplicate"] >= entry["kept"]
+
+
+def test_replacing_a_dump_is_as_if_it_had_never_been_in(small_city):
+    first = ingest(small_city, ["dumps/2026-03-29.parquet"])
+    ingest(small_city, ["dumps/2026-03-30.parquet"])
+    replaced = ingest(small_city, ["dumps/2026-03-31.parquet"], replace=first["dump"])
+    other = fresh(small_city, "scratch")
+    ingest(other, ["dumps/2026-03-30.parquet"])
+    ingest(other, ["dumps/2026-03-31.parquet"])
+    assert contents(small_city) == contents(other)
+    assert _chunk_names(small_city) == _chunk_names(other)
+    assert list(ledger(small_city)) == list(ledger(other)) == [next(iter(ledger(other))), replaced["dump"]]
+    back = ingest(small_city, ["dumps/2026-03-29.parquet"])
+    assert back["kept"] == first["kept"]
+
+
+def _chunk_names(city):
+    import asyncio
+
+    session = open_repository(cubes_path(city)).readonly_session("main")
+
+    async def names(path):
+        return [tuple(c) async for c in session.chunk_coordinates(path)]
+
+    return {p: sorted(asyncio.run(names(p))) for p in ("/total/count", "/period/count", "/total/cos_sum")}
+
+
+def test_replacing_wants_a_dump_whose_contributions_are_kept(small_city):
+    entry = ingest(small_city, ["dumps/2026-03-29.parquet"])
+    before = contents(small_city)
+    with pytest.raises(ConfigError, match="--replace: 'x' is not in the ledger"):
+        ingest(small_city, ["dumps/2026-03-30.parquet"], replace="x")
+    shutil.rmtree(small_city.workspace_path / "shards")
+    with pytest.raises(StoreError, match="no longer kept"):
+        ingest(small_city, ["dumps/2026-03-30.parquet"], replace=entry["dump"])
+    assert contents(small_city) == before
+
+
+def test_the_diff_of_two_snapshots_names_the_changed_tiles(small_city):
+    first = ingest(small_city, ["dumps/2026-03-29.parquet"])
+    table = pq.read_table(small_city.root / "dumps/2026-03-30.parquet")
+    grid = small_city.make_grid()
+    to_grid = Transformer.from_crs(4326, grid.crs, always_xy=True)
+    east, _ = to_grid.transform(table["lon"].to_numpy(), table["lat"].to_numpy())
+    west_half = np.flatnonzero(np.nan_to_num(east, posinf=1e9) < grid.bounds.left + 128)
+    pq.write_table(table.take(west_half), small_city.root / "west.parquet")
+    ingest(small_city, ["west.parquet"])
+    changed = changed_tiles(small_city, first["snapshot"])
+    assert changed
+    assert {t.col for t in changed} == {0}
+    with pytest.raises(StoreError, match="no longer held"):
+        changed_tiles(small_city, "AAAAAAAAAAAAAAAAAAA0")
+
+
+def test_rejected_rows_go_to_quarantine_with_their_reasons(small_city, tmp_path):
+    entry = ingest(small_city, quarantine=tmp_path / "bad")
+    table = pa.concat_tables([pq.read_table(p) for p in (tmp_path / "bad").rglob("*.parquet")])
+    reasons = table["reason"].to_pylist()
+    assert {r: reasons.count(r) for r in set(reasons)} == entry["rejected"]
+
+
+def test_a_folder_stands_for_its_files(small_city):
+    hive = small_city.root / "hive/day=1"
+    hive.mkdir(parents=True)
+    shutil.copy(small_city.root / "dumps/2026-03-29.parquet", hive / "part-0.parquet")
+    (hive / "_SUCCESS").write_text("")
+    assert ingest(small_city, ["hive"])["rows"] == 3009

@@ -17,17 +17,22 @@ from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.points import (
     METRES_PER_SECOND,
+    Part,
     PixelSums,
     Reason,
     Rows,
+    Shuffle,
     Slice,
     aggregate,
     find_sources,
+    from_wgs84,
     judge_rows,
     judge_vehicles,
     map_slice,
     period_of,
     read_rows,
+    shuffle_slice,
+    to_wgs84,
 )
 from roadfuse_core.settings import City, CleanSpec, PointsSpec
 
@@ -265,9 +270,11 @@ def driven_table():
 @pytest.mark.parametrize("buckets", [1, 3])
 def test_vehicle_rules_do_not_see_how_a_dump_is_split(tmp_path, parts, buckets):
     spec = SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None})})
-    whole = map_slice(Slice(spec, GRID, write_dump(tmp_path, driven_table(), 1, 0), 0, 1, str(tmp_path / "w.parquet")))
+    whole = map_slice(Slice(spec, GRID, Part(write_dump(tmp_path, driven_table(), 1, 0)), str(tmp_path / "w.parquet")))
     paths = write_dump(tmp_path, driven_table(), parts, 9)
-    pieces = [map_slice(Slice(spec, GRID, paths, k, buckets, str(tmp_path / f"p{k}.parquet"))) for k in range(buckets)]
+    jobs = [Shuffle(spec, Part((p,)), buckets, str(tmp_path / f"shuffle-{k}.parquet")) for k, p in enumerate(paths)]
+    shuffled = tuple(shuffle_slice(j) for j in jobs)
+    pieces = [map_slice(Slice(spec, GRID, Part(shuffled, bucket=k), str(tmp_path / f"p{k}.parquet"))) for k in range(buckets)]
     assert totals(pieces) == totals([whole])
     assert 40 <= whole.reasons["duplicate"] <= 50  # fewer where the repeated row was spoilt
     assert whole.reasons["teleport"] > 20
@@ -277,7 +284,7 @@ def test_vehicle_rules_do_not_see_how_a_dump_is_split(tmp_path, parts, buckets):
 
 def test_a_finished_shard_is_taken_as_it_is(tmp_path):
     job = Slice(SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None})}), GRID,
-                write_dump(tmp_path, driven_table(), 1, 0), 0, 1, str(tmp_path / "s.parquet"))  # fmt: skip
+                Part(write_dump(tmp_path, driven_table(), 1, 0)), str(tmp_path / "s.parquet"))  # fmt: skip
     first = map_slice(job)
     stamp = Path(first.shard).stat().st_mtime_ns
     assert map_slice(job) == first
@@ -293,7 +300,7 @@ def read(c: City, tmp_path, name):
     from roadfuse_core.points import materialise
 
     paths = materialise(find_sources(c, [name]), tmp_path / "scratch")
-    return read_rows(c.points, paths, 0, 1, True, tmp_path / "spill")
+    return read_rows(c.points, Part(tuple(paths)), True, tmp_path / "spill")
 
 
 TEXT = "x,y,t\n13.01,47.01,1600000000\nNone,47.02,\n13.03,oops,1600000060\n"
@@ -377,3 +384,49 @@ def test_sources_that_match_nothing_or_are_something_else(tmp_path):
     (tmp_path / "b.zip").write_bytes(b"PK no")
     with pytest.raises(DataError, match="not a readable zip"):
         find_sources(city(tmp_path), ["b.zip"])
+
+
+@pytest.mark.parametrize("step", [700, 1000, 5000])
+def test_pieces_of_one_file_are_the_file(tmp_path, step):
+    spec = SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None, "vehicle": None})})
+    table = driven_table()
+    (path,) = write_dump(tmp_path, table, 1, 0)
+    whole = map_slice(Slice(spec, GRID, Part((path,)), str(tmp_path / "w.parquet")))
+    spans = [(a, min(a + step, table.num_rows)) for a in range(0, table.num_rows, step)]
+    pieces = [map_slice(Slice(spec, GRID, Part((path,), rows=s), str(tmp_path / f"{s[0]}.parquet"))) for s in spans]
+    assert totals(pieces) == totals([whole])
+    assert sum(p.rows for p in pieces) == table.num_rows
+
+
+def test_chinese_datums_come_back_to_wgs84():
+    rng = np.random.default_rng(0)
+    lon, lat = rng.uniform(80, 130, 2000), rng.uniform(20, 50, 2000)
+    for datum in ("gcj02", "bd09"):
+        shown = from_wgs84(lon, lat, datum)
+        back = to_wgs84(*shown, datum)
+        assert np.abs(np.subtract(back, (lon, lat))).max() < 1e-9
+        metres = np.hypot((shown[0] - lon) * 111_320 * np.cos(np.radians(lat)), (shown[1] - lat) * 110_574)
+        assert 50 < np.median(metres) < 1500
+
+
+def test_gcj02_of_a_published_place():
+    """Tiananmen: WGS-84 116.39123, 39.90632 is shown by GCJ-02 maps about 116.39747, 39.90772."""
+    lon, lat = from_wgs84(np.array([116.39123]), np.array([39.90632]), "gcj02")
+    assert lon[0] == pytest.approx(116.39747, abs=2e-5)
+    assert lat[0] == pytest.approx(39.90772, abs=2e-5)
+
+
+def test_a_dump_in_gcj02_falls_where_the_same_dump_in_wgs84_does(tmp_path):
+    grid = Grid("EPSG:32650", 1.0, 64, 6980, 69_060, 4, 4)
+    back = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True)
+    rng = np.random.default_rng(1)
+    lon, lat = back.transform(*(grid.affine @ (rng.integers(0, 256, 500) + 0.5, rng.integers(0, 256, 500) + 0.5)))
+    sums = []
+    for datum in ("wgs84", "gcj02", "bd09"):
+        x, y = from_wgs84(lon, lat, datum)
+        pq.write_table(pa.table({"x": x, "y": y}), tmp_path / f"{datum}.parquet")
+        spec = PointsSpec(sources=("-",), columns={"lon": "x", "lat": "y"}, period="all", datum=datum)
+        report = map_slice(Slice(spec, grid, Part((str(tmp_path / f"{datum}.parquet"),)), str(tmp_path / f"s-{datum}.parquet")))
+        sums.append(pq.read_table(report.shard).to_pydict())
+    assert sums[0] == sums[1] == sums[2]
+    assert sum(sums[0]["count"]) == 500

@@ -1,0 +1,164 @@
+"""The points engine against datashader and DuckDB on the same Parquet, paired, in one run.
+
+python -m tests.benchmarks.points [--points 2e7] [--runs 5] [--data DIR]. The points are road-like (`roadfuse
+simulate`'s vehicles over a city of 16 km, at least 1,000 tiles of 512 px touched), made once and kept in DIR.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+from roadfuse_core.cluster import open_cluster
+from roadfuse_core.cubes import ingest
+from roadfuse_core.grid import fit_projection
+from roadfuse_core.settings import City, ClusterSpec, ColumnSpec, load_city
+from roadfuse_core.simulate import CityKnobs
+from roadfuse_core.simulate._landscape import Landscape
+from roadfuse_core.simulate._write import SimulatedCity, _write_city_file, _write_dump
+
+ROWS_A_DAY = 5_000_000
+
+
+def knobs(points: int) -> CityKnobs:
+    days = max(1, round(points / ROWS_A_DAY))
+    return CityKnobs(seed=21, size_m=16_384, tile_px=512, days=days, points_per_day=points // days, parking=0)
+
+
+def empty_landscape() -> Landscape:
+    """Vehicles without houses: the benchmark needs no image."""
+    none, flat = np.zeros((0, 4, 2)), np.zeros(0)
+    return Landscape(none, np.zeros((0, 3)), flat, flat.astype(bool), [], np.zeros((0, 2)), [], [], np.zeros((0, 3)), none,
+                     np.zeros((0, 3)), np.zeros(2))  # fmt: skip
+
+
+def write_days(job: tuple[Path, CityKnobs, list[int]]) -> None:
+    folder, k, days = job
+    city = SimulatedCity(k)
+    city.__dict__["landscape"] = empty_landscape()
+    for day in days:
+        _write_dump(folder, city, day, lambda *_: None)
+
+
+def make_data(folder: Path, points: int) -> City:
+    k = knobs(points)
+    if not (folder / "city.yaml").exists():
+        (folder / "dumps").mkdir(parents=True, exist_ok=True)
+        with get_context("spawn").Pool(2) as pool:
+            pool.map(write_days, [(folder, k, list(range(start, k.days, 2))) for start in (0, 1)])
+        _write_city_file(folder, SimulatedCity(k))
+    return load_city(folder / "city.yaml")
+
+
+def variant(city: City, name: str, workspace: Path) -> City:
+    """count: no vehicle rules, count alone; five: all quantities, interval given; rules: all rules on."""
+    clean = city.points.clean.model_copy(update={"duplicates": False, "teleport_kmh": None})
+    columns = {
+        "count": ColumnSpec(lon="lon", lat="lat", time="time"),
+        "five": city.points.columns.model_copy(update={"vehicle": None}),
+    }
+    update = {"columns": columns[name], "clean": clean} if name in columns else {}
+    return city.model_copy(update={"workspace": str(workspace), "points": city.points.model_copy(update=update)})
+
+
+def files(city: City) -> list[str]:
+    return sorted(str(p) for p in city.root.glob("dumps/*.parquet"))
+
+
+def run_datashader(city: City) -> float:
+    """Count into a canvas of the same pixels, in memory; metres are made by NumPy with the same polynomial."""
+    import dask.dataframe as dd
+    import datashader
+
+    grid = city.make_grid()
+    projection = fit_projection(grid)
+
+    def project(frame):
+        col, row = projection.pixels(frame["lon"].to_numpy(), frame["lat"].to_numpy())
+        return frame.assign(col=col, row=row)[["col", "row"]]
+
+    began = time.perf_counter()
+    frame = dd.read_parquet(files(city), columns=["lon", "lat"])
+    placed = frame.map_partitions(project, meta={"col": "f8", "row": "f8"})
+    canvas = datashader.Canvas(*grid.shape[::-1], x_range=(0, grid.shape[1]), y_range=(0, grid.shape[0]))
+    canvas.points(placed, "col", "row", datashader.count())
+    return time.perf_counter() - began
+
+
+def run_scan(city: City) -> float:
+    """DuckDB sums the projected coordinates: the scan and the arithmetic, nothing else."""
+    p = fit_projection(city.make_grid())
+    s = p.scale()
+    terms = [(i, j) for i in range(p.degree + 1) for j in range(p.degree + 1 - i)]
+
+    def power(name: str, n: int) -> str:
+        return "*".join([name] * n) or "1"
+
+    def poly(axis: int) -> str:
+        return "+".join(
+            f"({p.coefficients[axis, k]!r})*{power('u', i)}*{power('v', j)}" for k, (i, j) in enumerate(terms)
+        ).replace("np.float64", "")
+
+    query = (f"WITH t AS (SELECT lon*({s[0]})+({s[1]}) AS u, lat*({s[2]})+({s[3]}) AS v FROM read_parquet(?) WHERE isfinite(lat))"
+             f" SELECT sum({poly(0)}), sum({poly(1)}) FROM t")  # fmt: skip
+    with duckdb.connect() as connection:
+        connection.execute("SET threads = 2")
+        connection.execute("SET enable_progress_bar = false")
+        began = time.perf_counter()
+        connection.execute(query, [files(city)]).fetchall()
+        return time.perf_counter() - began
+
+
+def run_ingest(city: City, name: str, client, workspace: Path) -> float:
+    shutil.rmtree(workspace, ignore_errors=True)
+    began = time.perf_counter()
+    ingest(variant(city, name, workspace), client=client)
+    return time.perf_counter() - began
+
+
+def main(points: int = 20_000_000, runs: int = 5, data: Path | None = None) -> None:
+    """Print a table of medians and of medians of paired ratios."""
+    with tempfile.TemporaryDirectory() as scratch, open_cluster(ClusterSpec(workers=2)) as client:
+        city = make_data(data or Path(scratch) / "data", points)
+        workspace = Path(scratch) / "work"
+        taken: dict[str, list[float]] = {}
+        steps = {"scan": lambda: run_scan(city), "datashader": lambda: run_datashader(city)}
+        steps |= {n: lambda n=n: run_ingest(city, n, client, workspace) for n in ("count", "five", "rules")}
+        for run in range(runs + 1):
+            for name, step in steps.items():
+                seconds = step()
+                if run:  # the first round warms caches and compilers
+                    taken.setdefault(name, []).append(seconds)
+        run_ingest(city, "count", client, workspace)
+        cube = sum(p.stat().st_size for p in (workspace / "cubes/chunks").rglob("*") if p.is_file())
+        parquet = sum(Path(f).stat().st_size for f in files(city))
+    show(points, runs, taken, cube / parquet)
+
+
+def show(points: int, runs: int, taken: dict[str, list[float]], disk: float) -> None:
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(taken[a], taken[b], strict=True))
+
+    print(f"points, {points:,} road-like rows, 2 workers, medians of {runs} paired runs after one to warm up")
+    for name, seconds in taken.items():
+        print(f"  {name:<11} {statistics.median(seconds):7.2f} s  {points / statistics.median(seconds) / 1e6:7.2f} M rows/s")
+    print(f"  datashader / count-only cube     {ratio('datashader', 'count'):.2f}   (target ≥ 2, then 3)")
+    print(f"  count-only cube / scan           {ratio('count', 'scan'):.2f}   (target ≤ 3)")
+    print(f"  five quantities / scan           {ratio('five', 'scan'):.2f}   (target ≤ 5)")
+    print(f"  vehicle rules / five quantities  {ratio('rules', 'five'):.2f}   (stated)")
+    print(f"  count-only cube / Parquet, bytes {disk:.2f}   (target ≤ 0.25 at 10,000 points a tile and period)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=float, default=2e7)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    main(int(arguments.points), arguments.runs, arguments.data)
