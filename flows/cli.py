@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,6 +135,31 @@ def ingest(
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, files, client, tell, replace, quarantine)
     _print_json(entry) if as_json else _show_ledger([entry] if entry else [])
+
+
+@app.command()
+def backfill(
+    city_file: CityFile,
+    since: Annotated[datetime, typer.Option("--from", help="First time, UTC.")],
+    until: Annotated[datetime, typer.Option("--to", help="First time after the range, UTC.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and stop.")] = False,
+) -> None:
+    """Bring new files that hold times of a range into the cube, as one dump; files are taken whole."""
+    from roadfuse_core.cluster import open_cluster
+    from roadfuse_core.cubes import files_between, plan_ingest
+    from roadfuse_core.cubes import ingest as ingest_dumps
+    from tasks.progress import ConsoleProgress
+
+    city = load_city(city_file)
+    chosen = files_between(city, plan_ingest(city), since, until)
+    for label in chosen:
+        console.print(label)
+    console.print(f"{len(chosen)} new files hold times in the range")
+    if dry_run or not chosen:
+        return
+    with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
+        entry = ingest_dumps(city, chosen, client, tell)
+    _show_ledger([entry] if entry else [])
 
 
 @app.command()

@@ -1,6 +1,15 @@
 """The cube of integer sums: written in whole dumps, read in windows, rendered to layers."""
 
-from roadfuse_core.cubes._ingest import IngestPlan, LedgerEntry, changed_tiles, cubes_path, ingest, ledger, plan_ingest
+from roadfuse_core.cubes._ingest import (
+    IngestPlan,
+    LedgerEntry,
+    changed_tiles,
+    cubes_path,
+    files_between,
+    ingest,
+    ledger,
+    plan_ingest,
+)
 from roadfuse_core.cubes._read import CubeReader
 from roadfuse_core.cubes._render import FIXED_POINT, QUANTITIES, Layer, halo_px, render
 from roadfuse_core.cubes._repository import (
@@ -21,6 +30,7 @@ __all__ = [
     "changed_tiles",
     "committer_lock",
     "cubes_path",
+    "files_between",
     "grid_attributes",
     "halo_px",
     "ingest",

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -48,10 +49,11 @@ from roadfuse_core.points import (
     needs_vehicles,
     read_report,
     shuffle_slice,
+    time_span,
 )
 from roadfuse_core.settings import City, PointsSpec
 
-__all__ = ["IngestPlan", "LedgerEntry", "changed_tiles", "cubes_path", "ingest", "ledger", "plan_ingest"]
+__all__ = ["IngestPlan", "LedgerEntry", "changed_tiles", "cubes_path", "files_between", "ingest", "ledger", "plan_ingest"]
 
 log = logging.getLogger(__name__)
 ROWS_PER_SLICE = 4_000_000
@@ -134,6 +136,30 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     dump = hashlib.blake2b("".join(f["hash"] for f in new).encode(), digest_size=6).hexdigest()
     rows = sum(f["rows"] for f in new)
     return IngestPlan(dump, new, known, rows, max(1, -(-rows // ROWS_PER_SLICE)))
+
+
+def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[str]:
+    """Labels of a plan's new files that hold any time in [since, until); a file is taken whole.
+
+    Args:
+        city: The city; its points name a time column.
+        plan: What is new.
+        since: With a zone, or UTC.
+        until: Likewise.
+
+    Raises:
+        ConfigError: The city's points have no time, or the range is empty.
+    """
+    spec = _spec(city)
+    if spec.columns.time is None:
+        raise ConfigError("points.columns.time", None, "is missing", "name the time column to choose files by time")
+    low, high = (int(t.replace(tzinfo=t.tzinfo or UTC).timestamp() * 1e6) for t in (since, until))
+    if low >= high:
+        raise ConfigError("--to", until.isoformat(), f"is not after --from {since.isoformat()}", "exchange them")
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = materialise(plan.sources, Path(scratch) / "unpacked")
+        spans = [time_span(spec, path, Path(scratch) / "spill") for path in paths]
+    return [f.label for f, s in zip(plan.sources, spans, strict=True) if s and s[0] < high and s[1] >= low]
 
 
 def ingest(

@@ -2,7 +2,7 @@
 
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import from_wgs84, to_wgs84
-from roadfuse_core.points._read import METRES_PER_SECOND, Part, Rows, read_rows
+from roadfuse_core.points._read import METRES_PER_SECOND, Part, Rows, read_rows, time_span
 from roadfuse_core.points._shard import (
     PixelSums,
     Shuffle,
@@ -45,5 +45,6 @@ __all__ = [
     "read_report",
     "read_rows",
     "shuffle_slice",
+    "time_span",
     "to_wgs84",
 ]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from roadfuse_core.errors import DataError
 from roadfuse_core.settings import PointsSpec
 
-__all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_rows", "shuffle_rows"]
+__all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_rows", "shuffle_rows", "time_span"]
 
 METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
 NO_TIME = np.iinfo(np.int64).min
@@ -102,6 +102,19 @@ def read_rows(spec: PointsSpec, part: Part, ordered: bool, scratch: Path, limit:
         some = f" LIMIT {int(limit)}" if limit else ""
         table = connection.sql(query + some, params=parameters).to_arrow_table()
     return Rows(**{name: _writable(table, name) for name in Rows.__dataclass_fields__})
+
+
+def time_span(spec: PointsSpec, path: str, scratch: Path) -> tuple[int, int] | None:
+    """Earliest and latest time of a file, microseconds since 1970; None where no row has one.
+
+    Raises:
+        DataError: DuckDB cannot read the file.
+    """
+    part = Part((path,))
+    with _connection(spec, part.paths, scratch) as connection:
+        query, parameters = _query(connection, spec, part, False)
+        low, high = connection.execute(f"SELECT min(time_us), max(time_us) FROM ({query})", parameters).fetchall()[0]
+    return None if low is None else (int(low), int(high))
 
 
 def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scratch: Path) -> None:

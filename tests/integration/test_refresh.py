@@ -87,6 +87,8 @@ def test_plain_commands_on_one_city(small_city, tmp_path):
     assert "no dumps yet" in roadfuse("status", city_file).stdout
     dry = roadfuse("ingest", city_file, "--dry-run", "--json")
     assert json.loads(dry.stdout)["new_files"] == 3
+    listed = roadfuse("backfill", city_file, "--from", "2026-03-30", "--to", "2026-04-01", "--dry-run").stdout
+    assert "2 new files" in listed
     entry = json.loads(roadfuse("ingest", city_file, "--json").stdout)
     assert entry["rows"] == 9027
     assert "0 new files" in roadfuse("ingest", city_file).stdout

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from roadfuse_core.cubes import (
     changed_tiles,
     committer_lock,
     cubes_path,
+    files_between,
     ingest,
     ledger,
     open_repository,
@@ -387,3 +389,14 @@ def test_a_folder_stands_for_its_files(small_city):
     shutil.copy(small_city.root / "dumps/2026-03-29.parquet", hive / "part-0.parquet")
     (hive / "_SUCCESS").write_text("")
     assert ingest(small_city, ["hive"])["rows"] == 3009
+
+
+def test_files_of_a_time_range(small_city):
+    plan = plan_ingest(small_city)
+    chosen = files_between(small_city, plan, datetime(2026, 3, 30), datetime(2026, 3, 31))
+    assert [Path(c).name for c in chosen] == ["2026-03-30.parquet"]
+    everything = files_between(small_city, plan, datetime(2026, 3, 1), datetime(2026, 5, 1, tzinfo=UTC))
+    assert len(everything) == 3
+    with pytest.raises(ConfigError, match="is not after"):
+        files_between(small_city, plan, datetime(2026, 3, 31), datetime(2026, 3, 31))
+    assert ingest(small_city, chosen)["rows"] == 3009
