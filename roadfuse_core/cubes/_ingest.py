@@ -56,7 +56,7 @@ from roadfuse_core.settings import City, PointsSpec
 __all__ = ["IngestPlan", "LedgerEntry", "changed_tiles", "cubes_path", "files_between", "ingest", "ledger", "plan_ingest"]
 
 log = logging.getLogger(__name__)
-ROWS_PER_SLICE = 4_000_000
+ROWS_PER_SLICE = 6_000_000
 BYTES_PER_TEXT_ROW = 30
 STAGING = "ingest"
 LedgerEntry = dict[str, Any]
@@ -316,7 +316,8 @@ def _parts(plan: IngestPlan, folder: Path) -> list[Part]:
         held = 0
         for path, rows in zip(paths, (f["rows"] for f in files), strict=True):
             if parquet and rows > ROWS_PER_SLICE:
-                cuts = [*range(0, rows, ROWS_PER_SLICE), rows]
+                pieces = -(-rows // ROWS_PER_SLICE)
+                cuts = [rows * k // pieces for k in range(pieces + 1)]
                 parts += [Part((path,), rows=pair) for pair in itertools.pairwise(cuts)]
                 continue
             if together and held + rows > ROWS_PER_SLICE:
