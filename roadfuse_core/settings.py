@@ -207,7 +207,11 @@ def load_city(path: Path) -> City:
     try:
         return City.model_validate(raw | {"root": path.resolve().parent})
     except ValidationError as error:
-        raise InvalidCityError("\n".join(_line(e) for e in error.errors())) from error
+        found = error.errors()
+        # A misspelt required key is one mistake, not an unknown key and a missing one.
+        misspelt = {(*e["loc"][:-1], _nearest(e["loc"])) for e in found if e["type"] == "extra_forbidden"}
+        lines = [_line(e) for e in found if e["type"] != "missing" or e["loc"] not in misspelt]
+        raise InvalidCityError("\n".join(lines)) from error
 
 
 def _line(error: Any) -> str:
@@ -217,9 +221,8 @@ def _line(error: Any) -> str:
     kind, value = error["type"], error["input"]
     shown = repr(value) if not isinstance(value, dict) else "{" + ", ".join(map(str, value)) + "}"
     if kind == "extra_forbidden":
-        known = _keys_beside(parts)
-        near = difflib.get_close_matches(parts[-1], known, 1)
-        fix = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+        near = _nearest(error["loc"])
+        fix = f"did you mean {near}?" if near else f"known keys here: {', '.join(_keys_beside(parts))}"
         return f"{key}: {shown} is an unknown key; {fix}"
     if kind == "missing":
         return f"{key}: is missing; add it"
@@ -227,6 +230,12 @@ def _line(error: Any) -> str:
         return f"{key}: {shown} is not a known value; use {error['ctx']['expected']}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {shown} is wrong; {message[0].lower()}{message[1:]}"
+
+
+def _nearest(loc: tuple[Any, ...]) -> str | None:
+    """The known key that a misspelt one looks like."""
+    parts = [str(p) for p in loc]
+    return next(iter(difflib.get_close_matches(parts[-1], _keys_beside(parts), 1)), None)
 
 
 def _keys_beside(parts: list[str]) -> list[str]:

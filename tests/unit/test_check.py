@@ -55,6 +55,10 @@ def points_elsewhere(spec, folder):
     spec["grid"]["bounds"] = [3.2, 47.4, 3.21, 47.41]
 
 
+def misspell(spec, folder):
+    spec["points"]["sorces"] = spec["points"].pop("sources")
+
+
 def unreadable(spec, folder):
     (folder / "bad.parquet").write_bytes(b"PAR1 and no more")
     spec["points"]["sources"] = ["bad.parquet"]
@@ -68,6 +72,7 @@ def list_column(spec, folder):
 BROKEN = {
     "missing file": (remove_imagery, ["imagery.sources", "nowhere/*.tif", "matches no file", "correct the path"]),
     "unknown key": (edit("points.sorces", ["x"]), ["points.sorces", "unknown key", "did you mean sources?"]),
+    "misspelt key": (misspell, ["points.sorces", "unknown key", "did you mean sources?"]),
     "wrong column": (edit("points.columns.lon", "longitude"), ["points.columns.lon", "'longitude'", "is not a column", "it has: vehicle"]),
     "wrong unit": (edit("points.speed_unit", "kmh"), ["points.speed_unit", "'kmh'", "use 'km/h', 'm/s'"]),
     "bounds reversed": (edit("grid.bounds", [13.3, 47.5, 13.2, 47.4]), ["grid", "west < east"]),
