@@ -3,11 +3,10 @@
 RoadFuseError
 ├── ConfigError       a setting is wrong or does not fit the data   (also ValueError; exit 2)
 ├── DataError         a file cannot be read as what it claims to be (also ValueError; exit 3)
-├── StoreError        a repository refuses or is in another state   (also RuntimeError; exit 4)
-└── IncompleteError   a run finished in part and published nothing  (also RuntimeError; exit 5)
+└── StoreError        a repository refuses or is in another state   (also RuntimeError; exit 4)
 """
 
-__all__ = ["ConfigError", "DataError", "IncompleteError", "RoadFuseError", "StoreError"]
+__all__ = ["ConfigError", "DataError", "RoadFuseError", "StoreError"]
 
 
 class RoadFuseError(Exception):
@@ -47,9 +46,3 @@ class StoreError(RoadFuseError, RuntimeError):
     """A repository is locked, moved on, or holds something else than asked for."""
 
     exit_code = 4
-
-
-class IncompleteError(RoadFuseError, RuntimeError):
-    """Part of a run failed; nothing was published."""
-
-    exit_code = 5

@@ -11,7 +11,7 @@ from roadfuse_core.cubes._ingest import (
     plan_ingest,
 )
 from roadfuse_core.cubes._read import CubeReader
-from roadfuse_core.cubes._render import FIXED_POINT, QUANTITIES, Layer, halo_px, render
+from roadfuse_core.cubes._render import FIXED_POINT, Layer, halo_px, render
 from roadfuse_core.cubes._repository import (
     committer_lock,
     grid_attributes,
@@ -22,7 +22,6 @@ from roadfuse_core.cubes._repository import (
 
 __all__ = [
     "FIXED_POINT",
-    "QUANTITIES",
     "CubeReader",
     "IngestPlan",
     "Layer",

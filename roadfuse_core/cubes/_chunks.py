@@ -1,6 +1,6 @@
 """Whole chunks of Zarr arrays, read and written as the bytes that the specification prescribes.
 
-Zarr's own path costs about twice as much a chunk (asynchronous calls, region arithmetic). A chunk here is what
+Zarr's own path spends asynchronous calls and region arithmetic on every chunk. A chunk here is what
 Zarr v3 stores for `bytes` (little-endian) and `zstd` (level 1, no checksum), under the default key `c/0/1/2`; a
 test reads and writes the same chunks through Zarr.
 """

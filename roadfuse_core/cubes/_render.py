@@ -10,18 +10,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 
-__all__ = ["FIXED_POINT", "QUANTITIES", "Layer", "halo_px", "render"]
+__all__ = ["FIXED_POINT", "Layer", "halo_px", "render"]
 
 # Array name → integer units per unit of the quantity.
 FIXED_POINT = {"count": 1, "speed_sum": 1000, "speed_count": 1, "sin_sum": 10_000, "cos_sum": 10_000,
                "bearing_count": 1, "interval_sum": 1000, "interval_count": 1}  # fmt: skip
-# Quantity → the arrays that it needs in a cube.
-QUANTITIES = {
-    "count": ("count",),
-    "speed": ("speed_sum", "speed_count"),
-    "bearing": ("sin_sum", "cos_sum", "bearing_count"),
-    "interval": ("interval_sum", "interval_count"),
-}
 Kind = Literal["binary", "count", "log_count", "speed", "sin", "cos", "interval"]
 _MEANS: dict[str, tuple[str, str]] = {
     "speed": ("speed_sum", "speed_count"),

@@ -198,7 +198,7 @@ def aggregate(rows: Rows, placed: Placed, interval: NDArray[np.float64], spec: P
     """Add up the kept rows.
 
     Keys are sorted together with their row numbers, packed into one integer: NumPy sorts those with vector
-    instructions, six times faster than it sorts an index.
+    instructions, which is faster than sorting an index.
     """
     first_day, table, first_period, periods = _period_table(rows, placed, spec.period)
     keep = np.flatnonzero(placed.reason == Reason.KEPT)
