@@ -87,7 +87,7 @@ def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
     assert city.points is not None
     with tempfile.TemporaryDirectory() as scratch:
         part = Part(tuple(materialise([file], Path(scratch))))
-        rows = read_rows(city.points, part, False, Path(scratch), limit=SAMPLE_ROWS)
+        rows = read_rows(city.points, part, Path(scratch), SAMPLE_ROWS)
     x, y = to_wgs84(rows.x, rows.y, city.points.datum)
     rows = replace(rows, x=x, y=y)
     reason = judge_rows(rows, city.points.clean, grid, fit_projection(grid, city.points.crs)).reason

@@ -8,6 +8,7 @@ test reads and writes the same chunks through Zarr.
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import zarr
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
+from zarr.core.sync import _get_loop, sync
 
 from roadfuse_core.errors import StoreError
 
 __all__ = ["Chunks"]
 
 _ZSTD = Zstd(level=1)
+TOGETHER = 32
 _PROTOTYPE = default_buffer_prototype()
 
 
@@ -37,6 +39,7 @@ class Chunks:
         self.store, self.root = store, root
         self.arrays: dict[str, zarr.Array] = {}
         self.waiting: list[tuple[str, bytes]] = []
+        self.sent: Future[None] | None = None
 
     def array(self, path: str) -> zarr.Array:
         """The array's metadata, read once.
@@ -61,23 +64,35 @@ class Chunks:
         return np.frombuffer(_ZSTD.decode(raw.to_bytes()), array.dtype.newbyteorder("<"))
 
     def write(self, path: str, place: tuple[int, ...], values: NDArray[Any]) -> None:
-        """Encode a chunk now; it is stored by `flush`."""
+        """Encode a chunk now; it is stored at some time before `flush` returns."""
         dtype = self.array(path).dtype.newbyteorder("<")
         self.waiting.append((self._key(path, place), _ZSTD.encode(np.ascontiguousarray(values, dtype))))
+        if len(self.waiting) >= TOGETHER:
+            self._send()
 
     def remove(self, path: str, place: tuple[int, ...]) -> None:
         """Forget a chunk, so that it reads as zeros."""
         sync(self.store.delete(self._key(path, place)))
 
     def flush(self) -> None:
-        """Store all encoded chunks at once."""
+        """Store all encoded chunks, and return when they are stored."""
+        self._send()
+        self._wait()
+
+    def _send(self) -> None:
+        """Store what waits, while the caller goes on."""
+        self._wait()
         waiting, self.waiting = self.waiting, []
 
         async def put() -> None:
             await asyncio.gather(*(self.store.set(k, _PROTOTYPE.buffer.from_bytes(v)) for k, v in waiting))
 
-        if waiting:
-            sync(put())
+        self.sent = asyncio.run_coroutine_threadsafe(put(), _get_loop())
+
+    def _wait(self) -> None:
+        if self.sent is not None:
+            self.sent.result()
+        self.sent = None
 
     @staticmethod
     def _key(path: str, place: tuple[int, ...]) -> str:

@@ -302,7 +302,7 @@ def _slices(
         shuffled = tuple(run_jobs(client, shuffle_slice, shuffles, "shuffling vehicles", tell))
         parts = [Part(shuffled, bucket=k) for k in range(plan.slices)]
     away = f"{quarantine}/{plan.dump}" if quarantine else ""
-    return [Slice(bare, grid, part, str(folder / f"shard-{n:05d}.parquet"), away) for n, part in enumerate(parts)]
+    return [Slice(bare, grid, part, str(folder / f"shard-{n:05d}.json"), ROWS_PER_SLICE, away) for n, part in enumerate(parts)]
 
 
 def _parts(plan: IngestPlan, folder: Path) -> list[Part]:
@@ -369,7 +369,8 @@ def _reduce(
         points.update(report.tiles)
     owners = owned_blocks(points)
     fork, fresh = session.fork(), not zarr.open_group(session.store, mode="r")["ledger"].attrs["dumps"]
-    jobs = [BlockJob(fork, tiles, tuple(map(_shard, reports)), grid, names, fresh) for tiles in owners]
+    shards = tuple(Shard(path, r.sign) for r in reports for path in r.shards)
+    jobs = [BlockJob(fork, tiles, shards, grid, names, fresh) for tiles in owners]
     forks = run_jobs(client, add_block, jobs, "writing blocks", tell)
     session.merge(*forks)
     root = zarr.open_group(session.store)
@@ -385,7 +386,7 @@ def _grow(
     repository: icechunk.Repository, spec: PointsSpec, grid: Grid, names: tuple[str, ...], reports: list[SliceReport]
 ) -> None:
     """Make the arrays, and lengthen their period axis, in a commit of its own: forks refuse uncommitted changes."""
-    periods = max((r.first_period + r.periods for r in reports), default=1)
+    periods = max((r.periods[1] + 1 for r in reports if r.periods), default=1)
     session = repository.writable_session(STAGING)
     root = zarr.open_group(session.store)
     if "ledger" not in root:
@@ -396,7 +397,3 @@ def _grow(
             array.resize((periods, *array.shape[1:]))
     if session.has_uncommitted_changes:
         session.commit("grow the period axis")
-
-
-def _shard(report: SliceReport) -> Shard:
-    return Shard(report.shard, report.first_period, report.periods, report.sign)

@@ -1,8 +1,14 @@
 """Reduce: shards of a dump are added to the cube's chunks, a run of tiles at a time, each by one owner."""
 
+# Numba infers the types of its kernels.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,25 +23,20 @@ from roadfuse_core.grid import Grid
 
 __all__ = ["BlockJob", "Shard", "add_block", "owned_blocks"]
 
-Ints = NDArray[np.int64]
 BLOCK_TILES = 64
 BLOCK_POINTS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard and how its keys are made: ((tile · periods + period - first_period) · tile_px² + pixel).
+    """A shard, as `map_slice` writes it.
 
     Attributes:
         path: The file.
-        first_period: Smallest period number in it.
-        periods: How many its keys speak of.
         sign: 1 adds it to the cube; -1 takes it out again.
     """
 
     path: str
-    first_period: int
-    periods: int
     sign: int = 1
 
 
@@ -46,7 +47,7 @@ class BlockJob:
     Attributes:
         session: A forked Icechunk session.
         tiles: Tile numbers, ascending.
-        shards: All shards of the dump.
+        shards: All shards of the dump, those that are taken out last.
         grid: The city's grid.
         arrays: Names of the arrays to add to.
         fresh: The cube holds no dump yet, so that nothing need be read.
@@ -91,94 +92,139 @@ def add_block(job: BlockJob) -> Any:
         The forked session, for merging.
 
     Raises:
-        StoreError: A count exceeds 32 bits.
+        StoreError: A count leaves the range of 32 bits.
     """
     chunks = Chunks(job.session.store, zarr.open_group(job.session.store))
-    tile, period, pixel, values = _gather(job)
-    order = np.lexsort([period, tile])
-    tile, period, pixel = tile[order], period[order], pixel[order]
-    values = {name: v[order] for name, v in values.items()}
-    total = np.zeros(job.grid.tile_px**2, np.int64)
-    for a, b in _runs(tile):
-        place = divmod(int(tile[a]), job.grid.tiles_x)
-        spans = [(a + c, a + d) for c, d in _runs(period[a:b])]
-        for name in job.arrays:
-            for c, d in spans:
-                _scatter(total, pixel[c:d], values[name][c:d])
-                if len(spans) > 1:
-                    _add_period(chunks, job, name, (int(period[c]), *place), pixel[c:d], values[name][c:d])
-                else:
-                    _store(chunks, f"period/{name}", (int(period[c]), *place), total, job.fresh)
-            _store(chunks, f"total/{name}", place, total, job.fresh)
-            total[pixel[a:b]] = 0
-    chunks.flush()
+    adder, runs = _Adder(chunks, job), list[_Run]()
+    for shard in job.shards:
+        runs += _read_runs(shard, job)
+        if sum(run.stop - run.start for run in runs) > BLOCK_POINTS:  # only a crowded single tile comes here
+            adder.add(runs)
+            runs.clear()
+    adder.add(runs)
     return job.session
 
 
-def _runs(sorted_values: Ints) -> list[tuple[int, int]]:
-    """Half-open spans of equal values."""
-    starts = np.flatnonzero(np.diff(sorted_values, prepend=sorted_values[:1] - 1) != 0)
-    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(sorted_values)], strict=True))
+@dataclass(frozen=True)
+class _Run:
+    """Rows [start, stop) of a shard's columns, all of one tile and period."""
+
+    tile: int
+    period: int
+    start: int
+    stop: int
+    sign: int
+    pixel: NDArray[np.int32]
+    values: dict[str, NDArray[Any]]
 
 
-def _add_period(chunks: Chunks, job: BlockJob, name: str, place: tuple[int, ...], pixel: Ints, values: Ints) -> None:
-    dense = np.zeros(job.grid.tile_px**2, np.int64)
-    _scatter(dense, pixel, values)
-    _store(chunks, f"period/{name}", place, dense, job.fresh)
-
-
-def _store(chunks: Chunks, path: str, place: tuple[int, ...], dense: Ints, fresh: bool) -> None:
-    """Add to a chunk; one that is left with zeros alone is removed, as if it had never been written."""
-    held = None if fresh else chunks.read(path, place)
-    if held is not None:
-        if not dense.any():
+def _read_runs(shard: Shard, job: BlockJob) -> Iterator[_Run]:
+    """The runs of a shard in the block's tiles: only the row groups that can hold them are decoded."""
+    names = ["tile", "period", "pixel", *job.arrays]
+    with pq.ParquetFile(shard.path) as file:
+        groups = (file.metadata.row_group(g).column(0).statistics for g in range(file.num_row_groups))
+        wanted = [g for g, s in enumerate(groups) if _holds(s.min, s.max, job.tiles)]
+        if not wanted:
             return
-        dense = held.astype(np.int64) + dense
-    if not dense.any():
-        if held is not None:
-            chunks.remove(path, place)
-        return
-    if dense.min() < 0 and chunks.array(path).dtype == np.uint32:
-        raise StoreError(f"{path}: a dump would be taken out that is not in the cube; build the cube anew")
-    if chunks.array(path).dtype == np.uint32 and dense.max() > np.iinfo(np.uint32).max:
-        raise StoreError(f"{path}: more than 2³² points in one pixel and period; use a shorter period")
-    chunks.write(path, place, dense)
+        table = file.read_row_groups(wanted, columns=names, use_threads=False)
+    columns = {n: table[n].combine_chunks().to_numpy() for n in names}
+    tile, period = columns.pop("tile"), columns.pop("period")
+    starts = _starts(tile, period)
+    owned = set(job.tiles)
+    for a, b in zip(starts.tolist(), [*starts[1:].tolist(), len(tile)], strict=True):
+        if tile[a] in owned:
+            yield _Run(int(tile[a]), int(period[a]), a, b, shard.sign, columns["pixel"], columns)
 
 
-def _gather(job: BlockJob) -> tuple[Ints, Ints, Ints, dict[str, Ints]]:
-    """Tile, period, pixel and sums of every row of the shards that lies in the block's tiles."""
-    parts: list[list[Ints]] = []
-    for shard in job.shards:
-        span = shard.periods * job.grid.tile_px**2
-        columns = _read_tiles(shard.path, job.tiles, span, ("key", *job.arrays))
-        key = columns[0]
-        within = key % span
-        period = within // job.grid.tile_px**2 + shard.first_period
-        parts.append([key // span, period, within % job.grid.tile_px**2, *(c * shard.sign for c in columns[1:])])
-    tile, period, pixel, *values = (np.concatenate(c) for c in zip(*parts, strict=True))
-    return tile, period, pixel, dict(zip(job.arrays, values, strict=True))
-
-
-def _read_tiles(path: str, tiles: tuple[int, ...], span: int, names: tuple[str, ...]) -> list[Ints]:
-    """Columns of a shard for some tiles: only the row groups that can hold them are decoded."""
-    with pq.ParquetFile(path) as file:
-        wanted = [g for g in range(file.num_row_groups) if _holds(file.metadata.row_group(g).column(0).statistics, tiles, span)]
-        table = file.read_row_groups(wanted, columns=list(names), use_threads=False)
-    columns = [table[n].to_numpy() for n in names]
-    key = columns[0]
-    # The tiles of a block are runs of neighbours: one slice a run.
-    runs = np.split(np.array(tiles), np.flatnonzero(np.diff(tiles) > 1) + 1)
-    cuts = [np.searchsorted(key, (int(run[0]) * span, (int(run[-1]) + 1) * span)) for run in runs]
-    return [np.concatenate([c[a:b] for a, b in cuts]) for c in columns]
-
-
-def _holds(statistics: Any, tiles: tuple[int, ...], span: int) -> bool:
-    low, high = statistics.min // span, statistics.max // span
+def _holds(low: int, high: int, tiles: tuple[int, ...]) -> bool:
     first = int(np.searchsorted(tiles, low))
     return first < len(tiles) and tiles[first] <= high
 
 
+class _Adder:
+    """Adds runs to chunks through two dense tiles of each dtype, which are all zeros between uses."""
+
+    def __init__(self, chunks: Chunks, job: BlockJob) -> None:
+        self.chunks, self.job, self.fresh = chunks, job, job.fresh
+        pixels = job.grid.tile_px**2
+        self.dense = {np.dtype(t): (np.zeros(pixels, t), np.zeros(pixels, t)) for t in (np.uint32, np.int64)}
+
+    def add(self, runs: list[_Run]) -> None:
+        """Add runs of any tiles, and store the chunks."""
+        runs = sorted(runs, key=lambda run: (run.tile, run.period))
+        for tile, of_tile in groupby(runs, key=lambda run: run.tile):
+            self.add_tile(divmod(tile, self.job.grid.tiles_x), list(of_tile))
+        self.chunks.flush()
+        self.fresh = False
+
+    def add_tile(self, place: tuple[int, int], runs: list[_Run]) -> None:
+        """Add all runs of one tile to its period chunks and to its total."""
+        periods = [(p, list(group)) for p, group in groupby(runs, key=lambda run: run.period)]
+        for name in self.job.arrays:
+            period, total = self.dense[self.chunks.array(f"total/{name}").dtype]
+            held = self._begin(f"total/{name}", place, total)
+            for number, of_period in periods:
+                where = f"period/{name}", (number, *place)
+                self._store(*where, of_period, name, period, self._begin(*where, period))
+            self._store(f"total/{name}", place, runs, name, total, held)
+
+    def _begin(self, path: str, place: tuple[int, ...], dense: NDArray[Any]) -> bool:
+        """Bring what a chunk holds into the dense tile; whether there is such a chunk."""
+        held = None if self.fresh else self.chunks.read(path, place)
+        if held is not None:
+            dense[:] = held
+        return held is not None
+
+    def _store(
+        self, path: str, place: tuple[int, ...], runs: list[_Run], name: str, dense: NDArray[Any], held: bool
+    ) -> None:  # fmt: skip
+        """Add runs and write the chunk; one that is left with zeros alone is removed, as if it had never been written."""
+        limits = np.iinfo(dense.dtype)
+        for run in runs:
+            values = run.values[name]
+            if not _add(dense, run.pixel, values, run.start, run.stop, run.sign, int(limits.min), int(limits.max)):
+                raise StoreError(f"{path}: a pixel's sum leaves {dense.dtype}; use a shorter period, or build the cube anew")
+        if any(_some(dense, run.pixel, run.start, run.stop) for run in runs) or (held and dense.any()):
+            self.chunks.write(path, place, dense)
+        elif held:
+            self.chunks.remove(path, place)
+        if held:
+            dense[:] = 0
+        for run in runs:
+            _clear(dense, run.pixel, run.start, run.stop)
+
+
 @njit(cache=True, nogil=True)
-def _scatter(dense, place, values):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
-    for i in range(len(place)):
-        dense[place[i]] += values[i]
+def _starts(tile, period):
+    out = np.empty(len(tile), np.int64)
+    n = 0
+    for k in range(len(tile)):
+        if k == 0 or tile[k] != tile[k - 1] or period[k] != period[k - 1]:
+            out[n] = k
+            n += 1
+    return out[:n].copy()
+
+
+@njit(cache=True, nogil=True)
+def _add(dense, pixel, values, start, stop, sign, low, high):
+    """Add values to pixels; False where a sum leaves the limits."""
+    for k in range(start, stop):
+        new = np.int64(dense[pixel[k]]) + sign * np.int64(values[k])
+        if new < low or new > high:
+            return False
+        dense[pixel[k]] = new
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _some(dense, pixel, start, stop):
+    for k in range(start, stop):  # noqa: SIM110 - generators are not compiled
+        if dense[pixel[k]] != 0:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _clear(dense, pixel, start, stop):
+    for k in range(start, stop):
+        dense[pixel[k]] = 0

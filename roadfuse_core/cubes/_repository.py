@@ -122,7 +122,7 @@ def create_arrays(root: zarr.Group, grid: Grid, names: tuple[str, ...], period: 
             lead: tuple[int, ...] = (0,) if folder == "period" else ()
             array = group.create_array(
                 name, shape=(*lead, height, width), chunks=(*(1 for _ in lead), grid.tile_px, grid.tile_px),
-                dtype="uint32" if count and folder == "period" else "int64", fill_value=0, compressors=CODECS, filters=(),
+                dtype="uint32" if count else "int64", fill_value=0, compressors=CODECS, filters=(),
                 dimension_names=(*(("period",) if lead else ()), "y", "x"),
             )  # fmt: skip
             array.attrs.update({"units_per_1": FIXED_POINT[name], "grid_mapping": "crs"})

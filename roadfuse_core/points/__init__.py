@@ -2,24 +2,15 @@
 
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import from_wgs84, to_wgs84
-from roadfuse_core.points._read import METRES_PER_SECOND, Part, Rows, read_rows, time_span
-from roadfuse_core.points._shard import (
-    PixelSums,
-    Shuffle,
-    Slice,
-    SliceReport,
-    aggregate,
-    arrays_of,
-    map_slice,
-    needs_vehicles,
-    period_of,
-    read_report,
-    shuffle_slice,
-)
+from roadfuse_core.points._read import METRES_PER_SECOND, Part, Rows, read_batches, read_rows, time_span
+from roadfuse_core.points._shard import Shuffle, Slice, SliceReport, map_slice, needs_vehicles, read_report, shuffle_slice
 from roadfuse_core.points._sources import SourceFile, check_columns, empty_files, find_sources, identify, materialise
+from roadfuse_core.points._sums import Collector, PixelSums, arrays_of, period_of
+from roadfuse_core.points._units import SpeedBreak, SpeedRatios, find_speed_break
 
 __all__ = [
     "METRES_PER_SECOND",
+    "Collector",
     "Part",
     "PixelSums",
     "Placed",
@@ -29,11 +20,13 @@ __all__ = [
     "Slice",
     "SliceReport",
     "SourceFile",
-    "aggregate",
+    "SpeedBreak",
+    "SpeedRatios",
     "arrays_of",
     "check_columns",
     "empty_files",
     "find_sources",
+    "find_speed_break",
     "from_wgs84",
     "identify",
     "judge_rows",
@@ -42,6 +35,7 @@ __all__ = [
     "materialise",
     "needs_vehicles",
     "period_of",
+    "read_batches",
     "read_report",
     "read_rows",
     "shuffle_slice",

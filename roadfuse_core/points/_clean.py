@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 from roadfuse_core.grid import Grid, PixelProjection
 from roadfuse_core.grid._projection import cubic, horner
-from roadfuse_core.points._read import NO_TIME, Rows
+from roadfuse_core.points._read import Rows
 from roadfuse_core.settings import CleanSpec
 
 __all__ = ["Placed", "Reason", "judge_rows", "judge_vehicles"]
 
 Floats = NDArray[np.float64]
 HUGE = 1e300
+# Times from 2200 on are no times of vehicles.
+DAY_US = 86_400_000_000
+LAST_DAY = int(np.datetime64("2200-01-01", "D").astype(np.int64))
 
 
 class Reason(IntEnum):
@@ -63,15 +66,17 @@ def judge_rows(rows: Rows, clean: CleanSpec, grid: Grid, projection: PixelProjec
     Returns:
         Reason and place of each row.
     """
-    low, high = NO_TIME, np.iinfo(np.int64).max
+    low, high = 0, LAST_DAY * DAY_US
     if clean.time_range:
         low, high = (int(np.datetime64(_utc(t), "us").astype(np.int64)) for t in clean.time_range)
     limit = clean.max_speed_kmh / 3.6 if clean.max_speed_kmh else HUGE
     n = len(rows.x)
     reason, col, row = np.zeros(n, np.uint8), np.zeros(n), np.zeros(n)
-    _judge_rows(rows.x, rows.y, rows.time_us, rows.speed, np.array(projection.box), projection.scale(), projection.coefficients,
-                projection.degree, grid.shape[0], grid.shape[1], clean.null_island, clean.swapped, max(low, 0), high, limit,
-                reason, col, row)  # fmt: skip
+    _judge_rows(
+        rows.x, rows.y, rows.time_us, rows.speed, np.array(projection.box), projection.scale(), projection.coefficients,
+        projection.degree, grid.shape[0], grid.shape[1], clean.null_island, clean.swapped, max(low, 0),
+        min(high, LAST_DAY * DAY_US), limit, reason, col, row,
+    )  # fmt: skip
     return Placed(reason, col, row)
 
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from roadfuse_core.errors import DataError
 from roadfuse_core.settings import PointsSpec
 
-__all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_rows", "shuffle_rows", "time_span"]
+__all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_batches", "read_rows", "shuffle_rows", "time_span"]
 
 METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
 NO_TIME = np.iinfo(np.int64).min
+BATCH_ROWS = 14_336  # 112 KiB a column: above 128 KiB every batch would be mapped and unmapped by the system
 ABSENT = ["", "None", "none", "NULL", "null", "NaN", "nan", "NA"]
 
 Floats = NDArray[np.float64]
@@ -84,24 +85,43 @@ def _connection(spec: PointsSpec, paths: tuple[str, ...], scratch: Path) -> Iter
             ) from error
 
 
-def read_rows(spec: PointsSpec, part: Part, ordered: bool, scratch: Path, limit: int | None = None) -> Rows:
-    """The rows of a part.
+def read_batches(spec: PointsSpec, part: Part, ordered: bool, scratch: Path) -> Iterator[Rows]:
+    """The rows of a part, in batches that stay in a processor's cache; all at once where their order matters.
 
     Args:
         spec: How the files are laid out.
         part: Which rows.
         ordered: Sort by vehicle, time and all other columns, so that the order is the same for any split into files.
         scratch: Where DuckDB spills.
-        limit: Read no more rows than this; for a look at a file.
 
     Raises:
         DataError: DuckDB cannot read a file.
     """
     with _connection(spec, part.paths, scratch) as connection:
         query, parameters = _query(connection, spec, part, ordered)
-        some = f" LIMIT {int(limit)}" if limit else ""
-        table = connection.sql(query + some, params=parameters).to_arrow_table()
-    return Rows(**{name: _writable(table, name) for name in Rows.__dataclass_fields__})
+        relation = connection.sql(query, params=parameters)
+        if ordered:
+            yield _rows(relation.to_arrow_table().combine_chunks())
+            return
+        for batch in relation.to_arrow_reader(BATCH_ROWS):
+            yield _rows(batch)
+
+
+def read_rows(spec: PointsSpec, part: Part, scratch: Path, limit: int) -> Rows:
+    """Some rows of a part, for a look at a file.
+
+    Args:
+        spec: How the files are laid out.
+        part: Which rows.
+        scratch: Where DuckDB spills.
+        limit: Read no more rows than this.
+
+    Raises:
+        DataError: DuckDB cannot read a file.
+    """
+    with _connection(spec, part.paths, scratch) as connection:
+        query, parameters = _query(connection, spec, part, False)
+        return _rows(connection.sql(f"{query} LIMIT {int(limit)}", params=parameters).to_arrow_table().combine_chunks())
 
 
 def time_span(spec: PointsSpec, path: str, scratch: Path) -> tuple[int, int] | None:
@@ -143,15 +163,20 @@ def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scrat
     unfinished.rename(target)
 
 
-def _writable(table: pa.Table, name: str) -> NDArray[Any]:
-    """A column, or nothing; Arrow lends single chunks read-only, and the kernels are compiled for writable arrays."""
+def _rows(table: pa.Table | pa.RecordBatch) -> Rows:
+    return Rows(**{name: _column(table, name) for name in Rows.__dataclass_fields__})
+
+
+def _column(table: pa.Table | pa.RecordBatch, name: str) -> NDArray[Any]:
+    """A column, read-only, or nothing."""
     whole = name in ("vehicle", "time_us")
-    if name not in table.column_names:
+    if name not in table.schema.names or not table.num_rows:
         return np.zeros(0, np.int64 if whole else np.float64)
     column = table.column(name)
     if column.null_count:
         column = pc.fill_null(column, pa.scalar(NO_TIME if whole else float("nan"), column.type))
-    return np.require(column.to_numpy(), requirements="W")
+    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    return chunk.to_numpy()  # type: ignore[no-any-return]
 
 
 def _query(

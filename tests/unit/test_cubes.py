@@ -317,6 +317,16 @@ def test_any_size_of_slices_gives_the_same_cube(small_city, monkeypatch):
         assert got["rejected"] == entry["rejected"]
 
 
+def test_a_crowded_tile_is_added_in_pieces(small_city, monkeypatch):
+    from roadfuse_core.cubes import _ingest, _reduce
+
+    ingest(fresh(small_city, "whole"))
+    monkeypatch.setattr(_ingest, "ROWS_PER_SLICE", 900)
+    monkeypatch.setattr(_reduce, "BLOCK_POINTS", 50)
+    ingest(fresh(small_city, "pieces"))
+    assert contents(fresh(small_city, "pieces")) == contents(fresh(small_city, "whole"))
+
+
 def test_a_copy_inside_a_dump_is_read_and_its_rows_rejected_as_repeated(small_city):
     shutil.copy(small_city.root / "dumps/2026-03-29.parquet", small_city.root / "again.parquet")
     entry = ingest(small_city, ["dumps/2026-03-29.parquet", "again.parquet"])

@@ -17,20 +17,20 @@ from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.points import (
     METRES_PER_SECOND,
+    Collector,
     Part,
     PixelSums,
     Reason,
     Rows,
     Shuffle,
     Slice,
-    aggregate,
     find_sources,
     from_wgs84,
     judge_rows,
     judge_vehicles,
     map_slice,
     period_of,
-    read_rows,
+    read_batches,
     shuffle_slice,
     to_wgs84,
 )
@@ -72,20 +72,29 @@ def judged(rows):
     return judge_rows(rows, SPEC.clean, GRID, fit_projection(GRID))
 
 
+def add_up(rows, capacity=1000):
+    """Sums of rows, and the places that judging gave them."""
+    collector, placed = Collector(SPEC, GRID, capacity), judged(rows)
+    collector.add(rows, placed, rows.interval)
+    return collector.sums()
+
+
+def map_part(spec, part, path, capacity=1_000_000):
+    return map_slice(Slice(spec, GRID, part, str(path), capacity))
+
+
 def totals(parts):
-    """Sums by (tile, period, pixel) over parts, each in memory or a shard on disk with its report."""
+    """Sums by (tile, period, pixel) over parts, each in memory or on disk with its report."""
     out = {}
     for part in parts:
-        if not isinstance(part, PixelSums):
-            table = pq.read_table(part.shard)
-            arrays = {n: table[n].to_numpy() for n in table.column_names if n != "key"}
-            part = PixelSums(table["key"].to_numpy(), arrays, part.first_period, part.periods)
-        assert (np.diff(part.key) > 0).all()
-        for k, key in enumerate(part.key.tolist()):
-            tile, rest = divmod(key, part.periods * GRID.tile_px**2)
-            period, pixel = divmod(rest, GRID.tile_px**2)
-            place = (tile, period + part.first_period, pixel)
-            out[place] = {n: out.get(place, {}).get(n, 0) + int(v[k]) for n, v in part.arrays.items()}
+        for sums in [part] if isinstance(part, PixelSums) else map(pq.read_table, part.shards):
+            if not isinstance(sums, PixelSums):
+                columns = {n: sums[n].to_numpy() for n in sums.column_names}
+                sums = PixelSums(*(columns.pop(n) for n in ("tile", "period", "pixel")), columns)
+            places = list(zip(sums.tile.tolist(), sums.period.tolist(), sums.pixel.tolist(), strict=True))
+            assert places == sorted(set(places))
+            for k, place in enumerate(places):
+                out[place] = {n: out.get(place, {}).get(n, 0) + int(v[k]) for n, v in sums.arrays.items()}
     return out
 
 
@@ -93,11 +102,11 @@ def totals(parts):
 @settings(max_examples=25)
 def test_row_local_sums_are_the_same_for_any_split(seed, owner):
     rows = make_rows(seed)
-    whole = aggregate(rows, judged(rows), rows.interval, SPEC, GRID)
+    whole = add_up(rows)
     parts = []
     for k in range(4):
         part = take(rows, np.flatnonzero(np.array(owner) == k))
-        parts.append(aggregate(part, judged(part), part.interval, SPEC, GRID))
+        parts.append(add_up(part))
     assert totals(parts) == totals([whole])
 
 
@@ -106,14 +115,13 @@ def test_row_local_sums_are_the_same_for_any_split(seed, owner):
 def test_rows_read_are_kept_or_rejected_and_kept_are_counted(seed):
     rows = make_rows(seed)
     placed = judged(rows)
-    table = aggregate(rows, placed, rows.interval, SPEC, GRID)
+    table = add_up(rows)
     assert np.bincount(placed.reason).sum() == len(rows.x)
     assert table.arrays["count"].sum() == (placed.reason == Reason.KEPT).sum()
 
 
 def test_sums_equal_a_plain_loop():
     rows = make_rows(1)
-    placed = judged(rows)
     expected = {}
     p = fit_projection(GRID)
     for k in range(len(rows.x)):
@@ -141,7 +149,7 @@ def test_sums_equal_a_plain_loop():
         if np.isfinite(rows.interval[k]):
             e["interval_sum"] += round(rows.interval[k] * 1000)
             e["interval_count"] += 1
-    assert totals([aggregate(rows, placed, rows.interval, SPEC, GRID)]) == expected
+    assert totals([add_up(rows)]) == expected
 
 
 def one(x=None, y=None, t=1.6e15, speed=10.0):
@@ -270,11 +278,11 @@ def driven_table():
 @pytest.mark.parametrize("buckets", [1, 3])
 def test_vehicle_rules_do_not_see_how_a_dump_is_split(tmp_path, parts, buckets):
     spec = SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None})})
-    whole = map_slice(Slice(spec, GRID, Part(write_dump(tmp_path, driven_table(), 1, 0)), str(tmp_path / "w.parquet")))
+    whole = map_part(spec, Part(write_dump(tmp_path, driven_table(), 1, 0)), tmp_path / "w.json")
     paths = write_dump(tmp_path, driven_table(), parts, 9)
     jobs = [Shuffle(spec, Part((p,)), buckets, str(tmp_path / f"shuffle-{k}.parquet")) for k, p in enumerate(paths)]
     shuffled = tuple(shuffle_slice(j) for j in jobs)
-    pieces = [map_slice(Slice(spec, GRID, Part(shuffled, bucket=k), str(tmp_path / f"p{k}.parquet"))) for k in range(buckets)]
+    pieces = [map_part(spec, Part(shuffled, bucket=k), tmp_path / f"p{k}.json") for k in range(buckets)]
     assert totals(pieces) == totals([whole])
     assert 40 <= whole.reasons["duplicate"] <= 50  # fewer where the repeated row was spoilt
     assert whole.reasons["teleport"] > 20
@@ -284,11 +292,11 @@ def test_vehicle_rules_do_not_see_how_a_dump_is_split(tmp_path, parts, buckets):
 
 def test_a_finished_shard_is_taken_as_it_is(tmp_path):
     job = Slice(SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None})}), GRID,
-                Part(write_dump(tmp_path, driven_table(), 1, 0)), str(tmp_path / "s.parquet"))  # fmt: skip
+                Part(write_dump(tmp_path, driven_table(), 1, 0)), str(tmp_path / "s.json"), 10_000)  # fmt: skip
     first = map_slice(job)
-    stamp = Path(first.shard).stat().st_mtime_ns
+    stamp = Path(first.shards[0]).stat().st_mtime_ns
     assert map_slice(job) == first
-    assert Path(first.shard).stat().st_mtime_ns == stamp
+    assert Path(first.shards[0]).stat().st_mtime_ns == stamp
 
 
 def city(tmp_path, **points) -> City:
@@ -300,7 +308,7 @@ def read(c: City, tmp_path, name):
     from roadfuse_core.points import materialise
 
     paths = materialise(find_sources(c, [name]), tmp_path / "scratch")
-    return read_rows(c.points, Part(tuple(paths)), True, tmp_path / "spill")
+    return next(iter(read_batches(c.points, Part(tuple(paths)), True, tmp_path / "spill")))
 
 
 TEXT = "x,y,t\n13.01,47.01,1600000000\nNone,47.02,\n13.03,oops,1600000060\n"
@@ -391,11 +399,23 @@ def test_pieces_of_one_file_are_the_file(tmp_path, step):
     spec = SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None, "vehicle": None})})
     table = driven_table()
     (path,) = write_dump(tmp_path, table, 1, 0)
-    whole = map_slice(Slice(spec, GRID, Part((path,)), str(tmp_path / "w.parquet")))
+    whole = map_part(spec, Part((path,)), tmp_path / "w.json")
     spans = [(a, min(a + step, table.num_rows)) for a in range(0, table.num_rows, step)]
-    pieces = [map_slice(Slice(spec, GRID, Part((path,), rows=s), str(tmp_path / f"{s[0]}.parquet"))) for s in spans]
+    pieces = [map_part(spec, Part((path,), rows=s), tmp_path / f"{s[0]}.json") for s in spans]
     assert totals(pieces) == totals([whole])
     assert sum(p.rows for p in pieces) == table.num_rows
+
+
+@pytest.mark.parametrize("vehicle", [None, "v"])
+def test_a_part_larger_than_memory_becomes_several_shards(tmp_path, monkeypatch, vehicle):
+    monkeypatch.setattr("roadfuse_core.points._read.BATCH_ROWS", 2048)
+    spec = SPEC.model_copy(update={"columns": SPEC.columns.model_copy(update={"interval": None, "vehicle": vehicle})})
+    part = Part(write_dump(tmp_path, pa.concat_tables([driven_table()] * 3), 1, 0))
+    whole, pieces = map_part(spec, part, tmp_path / "w.json"), map_part(spec, part, tmp_path / "p.json", capacity=2500)
+    assert len(whole.shards) == 1
+    assert len(pieces.shards) == (1 if vehicle else 5)  # a vehicle is seen whole, whatever it takes
+    assert totals([pieces]) == totals([whole])
+    assert (pieces.rows, pieces.tiles, pieces.reasons) == (whole.rows, whole.tiles, whole.reasons)
 
 
 def test_chinese_datums_come_back_to_wgs84():
@@ -426,7 +446,9 @@ def test_a_dump_in_gcj02_falls_where_the_same_dump_in_wgs84_does(tmp_path):
         x, y = from_wgs84(lon, lat, datum)
         pq.write_table(pa.table({"x": x, "y": y}), tmp_path / f"{datum}.parquet")
         spec = PointsSpec(sources=("-",), columns={"lon": "x", "lat": "y"}, period="all", datum=datum)
-        report = map_slice(Slice(spec, grid, Part((str(tmp_path / f"{datum}.parquet"),)), str(tmp_path / f"s-{datum}.parquet")))
-        sums.append(pq.read_table(report.shard).to_pydict())
+        report = map_slice(
+            Slice(spec, grid, Part((str(tmp_path / f"{datum}.parquet"),)), str(tmp_path / f"s-{datum}.json"), 1000)
+        )
+        sums.append(pq.read_table(report.shards[0]).to_pydict())
     assert sums[0] == sums[1] == sums[2]
     assert sum(sums[0]["count"]) == 500

@@ -1,0 +1,121 @@
+"""Reported against implied speed, by day: dumps change their unit of speed without saying so."""
+
+# Numba infers the types of its kernels.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numba import njit
+
+from roadfuse_core.points._clean import Placed
+from roadfuse_core.points._read import METRES_PER_SECOND, Rows
+
+__all__ = ["SpeedBreak", "SpeedRatios", "find_speed_break"]
+
+BINS_PER_DOUBLING = 8
+BINS = 12 * BINS_PER_DOUBLING
+MIN_PAIRS = 200
+# Less than the step between any two units (km/h to mph, 1.61), more than what traffic does to a median.
+MIN_STEP = np.log2(1.4)
+
+
+@dataclass(frozen=True)
+class SpeedRatios:
+    """Histograms of log2(reported / implied speed), by day since 1970; 96 bins of 1/8 from 2^-6 to 2^6.
+
+    Implied is the straight way between a vehicle's neighbouring kept samples, 1 to 180 s and at least 2 m/s apart.
+    """
+
+    by_day: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, rows: Rows, placed: Placed, resolution_m: float) -> None:
+        """Count a batch, sorted by vehicle and time."""
+        if not len(rows.speed):
+            return
+        day, place = np.empty(len(rows.x), np.int64), np.empty(len(rows.x), np.int64)
+        n = _ratios(rows.vehicle, rows.time_us, rows.speed, placed.col * resolution_m, placed.row * resolution_m,
+                    placed.reason, day, place)  # fmt: skip
+        days, inverse = np.unique(day[:n], return_inverse=True)
+        counts = np.bincount(inverse * BINS + place[:n], minlength=len(days) * BINS).reshape(len(days), BINS)
+        for d, row in zip(days.tolist(), counts.tolist(), strict=True):
+            self.by_day[d] = [a + b for a, b in zip(self.by_day.get(d, [0] * BINS), row, strict=True)]
+
+
+@njit(cache=True, nogil=True)
+def _ratios(vehicle, t, speed, x, y, reason, day, place):
+    n, last = 0, -1
+    for i in range(len(vehicle)):
+        if reason[i] != 0:
+            continue
+        if last >= 0 and vehicle[last] == vehicle[i] and speed[i] > 0:
+            seconds = (t[i] - t[last]) / 1e6
+            if 1 <= seconds <= 180:
+                implied = np.hypot(x[i] - x[last], y[i] - y[last]) / seconds
+                if implied >= 2:
+                    k = int(np.floor((np.log2(speed[i] / implied) + 6) * BINS_PER_DOUBLING))
+                    day[n], place[n] = t[i] // 86_400_000_000, min(max(k, 0), BINS - 1)
+                    n += 1
+        last = i
+    return n
+
+
+@dataclass(frozen=True)
+class SpeedBreak:
+    """Two stretches of a dump whose reported speeds are in different units.
+
+    Attributes:
+        day: First day of the later stretch, ISO.
+        before: Median of reported / implied speed before it, under the stated unit.
+        after: And from it on.
+        wrong: `before` or `after`: the stretch that does not fit the stated unit.
+        likely_unit: The unit that it is likely in.
+    """
+
+    day: str
+    before: float
+    after: float
+    wrong: str
+    likely_unit: str
+
+
+def find_speed_break(by_day: Mapping[int, list[int]], stated: str) -> SpeedBreak | None:
+    """The day at which the medians of reported / implied speed part best, if they part by a step between units.
+
+    Args:
+        by_day: As `SpeedRatios` counts them.
+        stated: The unit that the city file states.
+
+    Returns:
+        The break; None where the stretches differ by less than a factor of 1.4, or hold too few pairs.
+    """
+    days = sorted(by_day)
+    counts = np.array([by_day[d] for d in days], np.int64).reshape(-1, BINS)
+    before, after = counts.cumsum(0), counts[::-1].cumsum(0)[::-1]
+    best, step = -1, 0.0
+    for k in range(1, len(days)):
+        pair = before[k - 1], after[k]
+        if min(p.sum() for p in pair) >= MIN_PAIRS:
+            # Weighted by the smaller side, so that a few odd days do not make a stretch.
+            found = abs(_median(pair[0]) - _median(pair[1])) * np.sqrt(float(min(p.sum() for p in pair)))
+            best, step = (k, found) if found > step else (best, step)
+    if best < 0 or abs(_median(before[best - 1]) - _median(after[best])) < MIN_STEP:
+        return None
+    low, high = _median(before[best - 1]), _median(after[best])
+    wrong, distance = ("before", low - high) if abs(low) > abs(high) else ("after", high - low)
+    factors = {unit: np.log2(METRES_PER_SECOND[stated] / metres) for unit, metres in METRES_PER_SECOND.items()}
+    likely = min(factors, key=lambda unit: abs(factors[unit] - distance))
+    date = str(np.datetime64(days[best], "D"))
+    return SpeedBreak(date, round(float(2**low), 2), round(float(2**high), 2), wrong, likely)
+
+
+def _median(histogram: np.ndarray) -> float:
+    """Median of log2 of the ratio, within its bin by linear interpolation."""
+    half = histogram.sum() / 2
+    k = int(np.searchsorted(histogram.cumsum(), half))
+    inside = (half - histogram[:k].sum()) / max(1, histogram[k])
+    return float((k + inside) / BINS_PER_DOUBLING - 6)
