@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from datetime import datetime
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from roadfuse_core.errors import ConfigError, RoadFuseError
-from roadfuse_core.settings import load_city
+from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
+from roadfuse_core.settings import City, load_city
+
+if TYPE_CHECKING:
+    from roadfuse_core.cubes import IngestPlan
 
 __all__ = ["app", "main"]
 
@@ -24,6 +28,8 @@ app = typer.Typer(help="City road maps from aerial images and vehicle trajectori
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 200
+# Points of a tile and period from which dense chunks pay.
+DENSE = 10_000
 CityFile = Annotated[Path, typer.Argument(metavar="CITY.yaml", help="The city file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
@@ -126,15 +132,31 @@ def ingest(
     city = load_city(city_file)
     plan = plan_ingest(city, files, replace)
     if dry_run or not plan.dump:
-        facts = {"dump": plan.dump or None, "new_files": len(plan.files), "known_files": len(plan.known), "rows": plan.rows,
-                 "slices": plan.slices}  # fmt: skip
-        _print_json(facts) if as_json else console.print(
-            f"{facts['new_files']} new files with about {plan.rows:,} rows, {facts['known_files']} already in the ledger"
-        )
+        _show_plan(city, plan, as_json)
         return
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, files, client, tell, replace, quarantine)
     _print_json(entry) if as_json else _show_ledger([entry] if entry else [])
+
+
+def _show_plan(city: City, plan: IngestPlan, as_json: bool) -> None:
+    from roadfuse_core.cubes import forecast
+
+    facts: dict[str, Any] = {"dump": plan.dump or None, "new_files": len(plan.files), "known_files": len(plan.known),
+                             "bytes": sum(f["size"] for f in plan.files), "rows": plan.rows, "slices": plan.slices}  # fmt: skip
+    told = forecast(city, plan) if plan.dump else None
+    if as_json:
+        _print_json(facts | {"forecast": asdict(told) if told else None})
+        return
+    console.print(f"{len(plan.files)} new files, {facts['bytes'] / 1e6:,.1f} MB, about {plan.rows:,} rows in "
+                  f"{plan.slices} slices; {len(plan.known)} files are already in the ledger")  # fmt: skip
+    if told is None:
+        return
+    chunk = f"{told.points_per_chunk:,.0f} points a tile and period"
+    console.print(f"by {told.sampled:,} rows of some files: {told.kept:.1%} fall on the grid, in {told.tiles:,} tiles and "
+                  f"{told.periods} periods; {chunk}, {told.chunks:,} chunks, about {told.seconds:,.0f} s")  # fmt: skip
+    if told.points_per_chunk < DENSE:
+        console.print(f"[yellow]fewer than {DENSE:,}: a longer period or larger tiles would save space and time[/]")
 
 
 @app.command()
@@ -155,7 +177,10 @@ def backfill(
     for label in chosen:
         console.print(label)
     console.print(f"{len(chosen)} new files hold times in the range")
-    if dry_run or not chosen:
+    if not chosen:
+        return
+    if dry_run:
+        _show_plan(city, plan_ingest(city, chosen), False)
         return
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, chosen, client, tell)
@@ -219,9 +244,8 @@ def export(
 
 @app.command()
 def status(city_file: CityFile, as_json: AsJson = False) -> None:
-    """Dumps in the ledger, the published map, and the last scores."""
-    from roadfuse_core.cubes import ledger
-    from roadfuse_core.errors import StoreError
+    """Dumps in the ledger, snapshots of the cube, and the published map."""
+    from roadfuse_core.cubes import ledger, snapshots
     from roadfuse_core.inference import MapReader
 
     city = load_city(city_file)
@@ -231,10 +255,32 @@ def status(city_file: CityFile, as_json: AsJson = False) -> None:
     except StoreError:
         record = None
     if as_json:
-        _print_json({"dumps": dumps, "map": record})
+        _print_json({"dumps": dumps, "snapshots": [asdict(s) for s in snapshots(city)], "map": record})
         return
     _show_ledger(dumps)
+    for s in snapshots(city):
+        console.print(f"snapshot {s.id}  {s.made:%Y-%m-%d %H:%M:%S}  {s.message}")
     console.print(f"map  {record['made']} by {record['model']}" if record else "no map yet: roadfuse refresh")
+
+
+@app.command()
+def expire(
+    city_file: CityFile,
+    days: Annotated[float, typer.Option("--older-than", min=0, help="Days; younger snapshots stay.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count and remove nothing.")] = False,
+) -> None:
+    """Forget old snapshots, but for what the published map was made of, and sweep what crashes left."""
+    from roadfuse_core.cubes import expire as expire_snapshots
+    from roadfuse_core.inference import MapReader
+
+    city = load_city(city_file)
+    try:
+        keep = MapReader(city).record.get("cubes_snapshot")
+    except StoreError:
+        keep = None
+    done = expire_snapshots(city, datetime.now(UTC) - timedelta(days=days), dry_run, keep)
+    told = f"{done.snapshots} snapshots, {done.bytes / 1e6:,.1f} MB that nothing refers to, {done.leftovers} leftovers"
+    console.print(f"{'would forget' if dry_run else 'forgot'} {told}; the ledger and the newest snapshots stay")
 
 
 @app.command()
@@ -305,6 +351,11 @@ def _show_ledger(dumps: list[dict[str, Any]]) -> None:
         why = ", ".join(f"{k} {v:,}" for k, v in d["rejected"].items()) or "none"
         table.add_row(d["dump"], str(len(d["files"])), *(d["time"] or ("–", "–")), f"{d['rows']:,}", f"{d['kept']:,}", why)
     console.print(table if dumps else "no dumps yet")
+    for d in dumps:
+        if found := d["speed_break"]:
+            ratio = f"{found['before']:g} before {found['day']} and {found['after']:g} from then on"
+            console.print(f"[yellow]dump {d['dump']}: reported / implied speed is {ratio}: {found['wrong']} it, speeds are "
+                          f"likely in {found['likely_unit']}; ingest the two parts with a speed_unit each[/]")  # fmt: skip
 
 
 def main() -> None:
@@ -315,6 +366,9 @@ def main() -> None:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'disk'}: {error.strerror or error}; mend it and run again\n")
+        sys.exit(StoreError.exit_code)
 
 
 if __name__ == "__main__":

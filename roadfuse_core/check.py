@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from roadfuse_core.points import (
     judge_rows,
     materialise,
     read_rows,
-    to_wgs84,
+    shift_datum,
 )
 from roadfuse_core.settings import City, InvalidCityError, MapSpec
 
@@ -87,9 +86,7 @@ def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
     assert city.points is not None
     with tempfile.TemporaryDirectory() as scratch:
         part = Part(tuple(materialise([file], Path(scratch))))
-        rows = read_rows(city.points, part, Path(scratch), SAMPLE_ROWS)
-    x, y = to_wgs84(rows.x, rows.y, city.points.datum)
-    rows = replace(rows, x=x, y=y)
+        rows = shift_datum(read_rows(city.points, part, Path(scratch), SAMPLE_ROWS), city.points.datum)
     reason = judge_rows(rows, city.points.clean, grid, fit_projection(grid, city.points.crs)).reason
     share = {r: float(np.mean(reason == r)) for r in Reason}
     if share[Reason.SWAPPED] > share[Reason.KEPT]:

@@ -14,7 +14,7 @@ from dask.distributed import Client, LocalCluster, as_completed
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.settings import ClusterSpec
 
-__all__ = ["Progress", "count_gpus", "open_cluster", "quiet", "run_jobs"]
+__all__ = ["Progress", "count_gpus", "count_workers", "open_cluster", "quiet", "run_jobs"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -40,6 +40,13 @@ def count_gpus() -> int:
         return int(get_n_gpus())
     except pynvml.NVMLError:
         return 0
+
+
+def count_workers(spec: ClusterSpec) -> int:
+    """Workers on this machine that the settings ask for; of a scheduler elsewhere, one."""
+    if "://" in spec.kind:
+        return 1
+    return spec.workers or (count_gpus() if spec.kind in ("auto", "cuda") else 0) or os.cpu_count() or 1
 
 
 @contextmanager

@@ -79,13 +79,19 @@ class CsvSpec(_Spec):
 class CleanSpec(_Spec):
     """Which rows are rejected; every reason can be switched off."""
 
-    null_island: bool = Field(True, description="reject positions at 0, 0")
+    null_island: float | None = Field(
+        1e-4, gt=0, description="reject positions nearer to 0, 0, in units of `crs`; null keeps all"
+    )
     swapped: bool = Field(True, description="reject rows that lie in the city only with x and y exchanged")
     duplicates: bool = Field(True, description="reject repeated rows of a vehicle")
     max_speed_kmh: float | None = Field(250, gt=0, description="reject rows that report more; null keeps all")
     teleport_kmh: float | None = Field(250, gt=0, description="reject samples that imply more; null keeps all")
     max_gap_s: float = Field(600, gt=0, description="longer gaps give no interval")
     time_range: tuple[datetime, datetime] | None = Field(None, description="reject rows outside [from, to)")
+    stop_above: dict[
+        Literal["not_finite", "null_island", "time", "swapped", "outside", "speed", "duplicate", "teleport"],
+        Annotated[float, Field(ge=0, le=1)],
+    ] = Field({}, description="stop when a larger share of a dump's rows is rejected for a reason, such as `outside: 0.5`")
 
 
 class PointsSpec(_Spec):
@@ -145,6 +151,9 @@ class ClusterSpec(_Spec):
     kind: str = Field("auto", pattern=r"^(auto|local|cuda|(tcp|tls|ucx)://.+)$",
                       description="auto, local, cuda, or a Dask scheduler's address")  # fmt: skip
     workers: int | None = Field(None, ge=1, description="local processes; by default one a core or GPU")
+    memory_gib: float | None = Field(
+        None, gt=0, description="memory of one worker; by default its share of the machine, at most 2 GiB"
+    )
 
 
 class City(_Spec):

@@ -1,14 +1,18 @@
 """The cube of integer sums: written in whole dumps, read in windows, rendered to layers."""
 
-from roadfuse_core.cubes._ingest import (
+from roadfuse_core.cubes._expire import Expiry, expire
+from roadfuse_core.cubes._ingest import changed_tiles, ingest
+from roadfuse_core.cubes._plan import (
+    Forecast,
     IngestPlan,
     LedgerEntry,
-    changed_tiles,
+    Snapshot,
     cubes_path,
     files_between,
-    ingest,
+    forecast,
     ledger,
     plan_ingest,
+    snapshots,
 )
 from roadfuse_core.cubes._read import CubeReader
 from roadfuse_core.cubes._render import FIXED_POINT, Layer, halo_px, render
@@ -23,13 +27,18 @@ from roadfuse_core.cubes._repository import (
 __all__ = [
     "FIXED_POINT",
     "CubeReader",
+    "Expiry",
+    "Forecast",
     "IngestPlan",
     "Layer",
     "LedgerEntry",
+    "Snapshot",
     "changed_tiles",
     "committer_lock",
     "cubes_path",
+    "expire",
     "files_between",
+    "forecast",
     "grid_attributes",
     "halo_px",
     "ingest",
@@ -39,4 +48,5 @@ __all__ = [
     "publish",
     "read_group",
     "render",
+    "snapshots",
 ]

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import shutil
-import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import icechunk
 import numpy as np
 import zarr
 from dask.distributed import Client
+from numpy.typing import NDArray
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
+from roadfuse_core.cubes._plan import IngestPlan, LedgerEntry, cubes_path, cut_parts, ledger, plan_ingest
 from roadfuse_core.cubes._reduce import BlockJob, Shard, add_block, owned_blocks
 from roadfuse_core.cubes._repository import (
     MAIN,
@@ -39,127 +39,19 @@ from roadfuse_core.points import (
     Shuffle,
     Slice,
     SliceReport,
-    SourceFile,
     arrays_of,
-    check_columns,
-    find_sources,
-    identify,
+    find_speed_break,
     map_slice,
-    materialise,
     needs_vehicles,
     read_report,
     shuffle_slice,
-    time_span,
 )
 from roadfuse_core.settings import City, PointsSpec
 
-__all__ = ["IngestPlan", "LedgerEntry", "changed_tiles", "cubes_path", "files_between", "ingest", "ledger", "plan_ingest"]
+__all__ = ["changed_tiles", "ingest", "leftover_shards", "remove_shards"]
 
 log = logging.getLogger(__name__)
-ROWS_PER_SLICE = 6_000_000
-BYTES_PER_TEXT_ROW = 30
 STAGING = "ingest"
-LedgerEntry = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class IngestPlan:
-    """What an ingest would do.
-
-    Attributes:
-        dump: Name of the new dump, from its content; empty when there is nothing new.
-        files: New files with size and content hash.
-        known: Files whose content the ledger already holds.
-        rows: Rows to read; counted for Parquet, estimated from the size for text.
-        slices: Jobs of the map.
-    """
-
-    dump: str
-    files: list[dict[str, Any]]
-    known: list[str]
-    rows: int
-    slices: int
-
-    @property
-    def sources(self) -> list[SourceFile]:
-        """The new files."""
-        return [SourceFile(f["path"], f["member"]) for f in self.files]
-
-
-def cubes_path(city: City) -> Path:
-    """Where the city's cube repository lies."""
-    return city.workspace_path / "cubes"
-
-
-def ledger(city: City) -> dict[str, LedgerEntry]:
-    """Every dump in the cube by name, oldest first; empty before the first ingest."""
-    try:
-        root = read_group(open_repository(cubes_path(city)))
-    except StoreError:
-        return {}
-    return dict(sorted(root["ledger"].attrs["dumps"].items(), key=lambda item: item[1]["committed"]))
-
-
-def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | None = None) -> IngestPlan:
-    """What is new among the city's files; reads headers and hashes, writes nothing.
-
-    Args:
-        city: The city.
-        patterns: Files or globs instead of the city's own sources.
-        replace: A dump whose files count as new, because it leaves the cube.
-
-    Raises:
-        ConfigError: Sources match nothing or lack a column.
-        DataError: A file is unreadable, or one that was ingested has changed.
-    """
-    files = find_sources(city, patterns)
-    if needs_vehicles(_spec(city)) and len({f.is_parquet for f in files}) > 1:
-        raise ConfigError("points.sources", patterns or list(_spec(city).sources), "mix Parquet and text",
-                          "ingest them apart, so that each vehicle is seen whole")  # fmt: skip
-    counted = check_columns(city, files)
-    entries = {name: e for name, e in ledger(city).items() if name != replace}
-    held = {f["hash"] for e in entries.values() for f in e["files"]}
-    by_label = {f["label"] for e in entries.values() for f in e["files"]}
-    new: list[dict[str, Any]] = []
-    known: list[str] = []
-    for f, rows in zip(identify(files), counted, strict=True):
-        if f["hash"] in held:
-            known.append(str(f["label"]))
-        elif f["label"] in by_label:
-            raise DataError(f"points.sources: {f['label']} was ingested with other content; give the new content a new name")
-        else:
-            new.append(f | {"rows": rows if rows is not None else int(str(f["size"])) // BYTES_PER_TEXT_ROW})
-    if not new:
-        return IngestPlan("", [], known, 0, 0)
-    # In the order of their content, so that a run after a crash makes the same slices, whatever the files are called.
-    new.sort(key=lambda f: (f["hash"], f["label"]))
-    dump = hashlib.blake2b("".join(f["hash"] for f in new).encode(), digest_size=6).hexdigest()
-    rows = sum(f["rows"] for f in new)
-    return IngestPlan(dump, new, known, rows, max(1, -(-rows // ROWS_PER_SLICE)))
-
-
-def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[str]:
-    """Labels of a plan's new files that hold any time in [since, until); a file is taken whole.
-
-    Args:
-        city: The city; its points name a time column.
-        plan: What is new.
-        since: With a zone, or UTC.
-        until: Likewise.
-
-    Raises:
-        ConfigError: The city's points have no time, or the range is empty.
-    """
-    spec = _spec(city)
-    if spec.columns.time is None:
-        raise ConfigError("points.columns.time", None, "is missing", "name the time column to choose files by time")
-    low, high = (int(t.replace(tzinfo=t.tzinfo or UTC).timestamp() * 1e6) for t in (since, until))
-    if low >= high:
-        raise ConfigError("--to", until.isoformat(), f"is not after --from {since.isoformat()}", "exchange them")
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = materialise(plan.sources, Path(scratch) / "unpacked")
-        spans = [time_span(spec, path, Path(scratch) / "spill") for path in paths]
-    return [f.label for f, s in zip(plan.sources, spans, strict=True) if s and s[0] < high and s[1] >= low]
 
 
 def ingest(
@@ -194,7 +86,7 @@ def ingest(
     if spec is None:
         return None
     grid = city.make_grid()
-    with committer_lock(city.workspace_path):
+    with committer_lock(city.workspace_path), _storing(city.workspace_path):
         outgoing = _outgoing(city, replace) if replace else []
         plan = plan_ingest(city, patterns, replace)
         if not plan.dump or plan.dump == replace:
@@ -202,26 +94,34 @@ def ingest(
             return None
         _require_same_cube(city, grid, spec)
         began = time.perf_counter()
-        folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid)}"
+        folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid, plan.rows_per_slice)}"
         jobs = _slices(plan, spec, folder, client, tell, str(quarantine or ""), grid)
         reports = run_jobs(client, map_slice, jobs, "reading points", tell)
-        entry = _entry(plan, reports, began) | {"shards": folder.name}
-        _refuse_exchanged(entry)
+        entry = _entry(plan, spec, reports, began) | {"shards": folder.name}
+        _refuse_spoilt(entry, spec)
         repository = open_repository(cubes_path(city), create=True)
         snapshot = _reduce(repository, spec, grid, entry, [*reports, *outgoing], replace, client, tell)
         _keep_contributions(city)
     return entry | {"snapshot": snapshot}
 
 
-def _spec(city: City) -> PointsSpec:
-    if city.points is None:
-        raise ConfigError("points", None, "is missing", "add a points section to ingest trajectories")
-    return city.points
+@contextmanager
+def _storing(workspace: Path) -> Iterator[None]:
+    """A disk that is full or fails, as one line; what was published stays as it was."""
+    try:
+        yield
+    except (OSError, icechunk.IcechunkError) as error:
+        text = str(error).strip()
+        short = next(
+            (line.strip(" │├╰─▶") for line in text.splitlines() if "o space" in line), text.splitlines()[0] if text else ""
+        )
+        raise StoreError(f"{workspace}: cannot be written ({short}); the cube is as before: make room and run again") from error
 
 
-def _digest(spec: PointsSpec, grid: Grid) -> str:
+def _digest(spec: PointsSpec, grid: Grid, rows_per_slice: int) -> str:
     """Names the settings that decide a shard's content, so that shards of other settings are never reused."""
-    text = json.dumps([spec.model_dump(mode="json", exclude={"sources"}), grid.__dict__], sort_keys=True)
+    settings = spec.model_dump(mode="json", exclude={"sources"})
+    text = json.dumps([settings, grid.__dict__, rows_per_slice], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
@@ -260,16 +160,24 @@ def _outgoing(city: City, dump: str) -> list[SliceReport]:
 
 def _keep_contributions(city: City) -> None:
     """Keep the shards of dumps in the ledger, for replacing; remove everything else."""
+    remove_shards(leftover_shards(city))
+
+
+def leftover_shards(city: City) -> list[Path]:
+    """Below `workspace/shards`: folders of no dump in the ledger, and what a map leaves beside shards and reports."""
     kept = {e.get("shards") for e in ledger(city).values()}
-    for folder in (city.workspace_path / "shards").glob("*"):
-        if folder.name not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
-            continue
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif not path.name.startswith("shard-"):
-                path.unlink()
+    folders = list((city.workspace_path / "shards").glob("*"))
+    beside = [p for f in folders if f.name in kept for p in f.iterdir() if p.is_dir() or not p.name.startswith("shard-")]
+    return [f for f in folders if f.name not in kept] + beside
+
+
+def remove_shards(paths: list[Path]) -> None:
+    """Remove files and folders, under the committer lock."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def changed_tiles(city: City, since: str) -> set[TileIndex]:
@@ -296,44 +204,25 @@ def _slices(
 ) -> list[Slice]:
     """The jobs of the map; where vehicles matter, their samples are brought together first."""
     bare = spec.model_copy(update={"sources": ("-",)})
-    parts = _parts(plan, folder)
+    parts = cut_parts(plan, folder)
     if needs_vehicles(spec) and len(parts) > 1:
         shuffles = [Shuffle(bare, part, plan.slices, str(folder / f"shuffle-{n:05d}.parquet")) for n, part in enumerate(parts)]
         shuffled = tuple(run_jobs(client, shuffle_slice, shuffles, "shuffling vehicles", tell))
         parts = [Part(shuffled, bucket=k) for k in range(plan.slices)]
     away = f"{quarantine}/{plan.dump}" if quarantine else ""
-    return [Slice(bare, grid, part, str(folder / f"shard-{n:05d}.json"), ROWS_PER_SLICE, away) for n, part in enumerate(parts)]
+    return [
+        Slice(bare, grid, part, str(folder / f"shard-{n:05d}.json"), plan.rows_per_slice, away) for n, part in enumerate(parts)
+    ]
 
 
-def _parts(plan: IngestPlan, folder: Path) -> list[Part]:
-    """The dump in parts of at most about `ROWS_PER_SLICE` rows: small files together, large Parquet files in pieces."""
-    parts: list[Part] = []
-    for parquet in (True, False):
-        files = [f for f, s in zip(plan.files, plan.sources, strict=True) if s.is_parquet == parquet]
-        sources = [s for s in plan.sources if s.is_parquet == parquet]
-        paths = materialise(sources, folder / "unpacked")
-        together: list[str] = []
-        held = 0
-        for path, rows in zip(paths, (f["rows"] for f in files), strict=True):
-            if parquet and rows > ROWS_PER_SLICE:
-                pieces = -(-rows // ROWS_PER_SLICE)
-                cuts = [rows * k // pieces for k in range(pieces + 1)]
-                parts += [Part((path,), rows=pair) for pair in itertools.pairwise(cuts)]
-                continue
-            if together and held + rows > ROWS_PER_SLICE:
-                parts.append(Part(tuple(together)))
-                together, held = [], 0
-            together.append(path)
-            held += rows
-        if together:
-            parts.append(Part(tuple(together)))
-    return parts
-
-
-def _entry(plan: IngestPlan, reports: list[SliceReport], began: float) -> LedgerEntry:
+def _entry(plan: IngestPlan, spec: PointsSpec, reports: list[SliceReport], began: float) -> LedgerEntry:
     reasons: Counter[str] = Counter()
+    ratios: dict[int, NDArray[np.int64]] = {}
     for report in reports:
         reasons.update(report.reasons)
+        for day, counts in report.ratios.items():
+            ratios[day] = ratios.get(day, 0) + np.array(counts)
+    broken = find_speed_break({day: counts.tolist() for day, counts in ratios.items()}, spec.speed_unit)
     kept = reasons.pop("kept", 0)
     times = [t for r in reports for t in (r.first_us, r.last_us) if t is not None]
     span = [str(np.datetime64(t, "us").astype("datetime64[s]")) for t in (min(times), max(times))] if times else None
@@ -341,15 +230,23 @@ def _entry(plan: IngestPlan, reports: list[SliceReport], began: float) -> Ledger
         "dump": plan.dump, "files": plan.files, "rows": sum(r.rows for r in reports), "kept": kept,
         "rejected": {k: v for k, v in reasons.items() if v}, "time": span,
         "tiles": len({t for r in reports for t in r.tiles}), "seconds": round(time.perf_counter() - began, 2),
+        "speed_break": dataclasses.asdict(broken) if broken else None,
         "committed": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }  # fmt: skip
 
 
-def _refuse_exchanged(entry: LedgerEntry) -> None:
-    swapped = entry["rejected"].get("swapped", 0)
-    if swapped > entry["kept"]:
-        problem = f"place {swapped:,} rows in the city only when exchanged, and {entry['kept']:,} as they are"
+def _refuse_spoilt(entry: LedgerEntry, spec: PointsSpec) -> None:
+    """Stop a dump of which too much was rejected for one reason."""
+    rejected, rows = entry["rejected"], max(1, entry["rows"])
+    if rejected.get("swapped", 0) > entry["kept"]:
+        problem = f"place {rejected['swapped']:,} rows in the city only when exchanged, and {entry['kept']:,} as they are"
         raise ConfigError("points.columns", {"lon": "…", "lat": "…"}, problem, "exchange lon and lat")
+    for reason, share in spec.clean.stop_above.items():
+        if rejected.get(reason, 0) / rows > share:
+            problem = (
+                f"is exceeded: {rejected[reason]:,} of {rows:,} rows ({rejected[reason] / rows:.1%}) are rejected as {reason}"
+            )
+            raise DataError(f"points.clean.stop_above.{reason}: {share} {problem}; mend the dump or raise the limit")
 
 
 def _reduce(
@@ -364,10 +261,7 @@ def _reduce(
     names = arrays_of(spec)
     _grow(repository, spec, grid, names, reports)
     session = repository.writable_session(STAGING)
-    points: Counter[int] = Counter()
-    for report in reports:
-        points.update(report.tiles)
-    owners = owned_blocks(points)
+    owners = owned_blocks({tile for report in reports for tile in report.tiles})
     fork, fresh = session.fork(), not zarr.open_group(session.store, mode="r")["ledger"].attrs["dumps"]
     shards = tuple(Shard(path, r.sign) for r in reports for path in r.shards)
     jobs = [BlockJob(fork, tiles, shards, grid, names, fresh) for tiles in owners]

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -24,7 +26,9 @@ from roadfuse_core.grid import Grid
 __all__ = ["BlockJob", "Shard", "add_block", "owned_blocks"]
 
 BLOCK_TILES = 64
-BLOCK_POINTS = 4_000_000
+# Most rows of one tile that are held at a time, and most shards that are open at a time.
+TILE_ROWS = 4_000_000
+OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class BlockJob:
     Attributes:
         session: A forked Icechunk session.
         tiles: Tile numbers, ascending.
-        shards: All shards of the dump, those that are taken out last.
+        shards: All shards of the dump; those that are taken out come last.
         grid: The city's grid.
         arrays: Names of the arrays to add to.
         fresh: The cube holds no dump yet, so that nothing need be read.
@@ -61,53 +65,45 @@ class BlockJob:
     fresh: bool
 
 
-def owned_blocks(points: dict[int, int]) -> list[tuple[int, ...]]:
-    """Touched tiles cut into runs of neighbours in tile order; every tile has exactly one owner.
+def owned_blocks(tiles: Iterable[int]) -> list[tuple[int, ...]]:
+    """Touched tiles cut into runs of at most 64 neighbours in tile order; every tile has exactly one owner.
 
-    Shards are sorted by tile, so that an owner decodes few of their row groups.
-
-    Args:
-        points: Points by tile number.
-
-    Returns:
-        At most 64 tiles each, and no more than 4 million points but in a single tile.
+    Raises:
+        ValueError: A tile is named twice, so that it would have two owners.
     """
-    blocks: list[list[int]] = []
-    held = 0
-    for tile in sorted(points):
-        if not blocks or len(blocks[-1]) == BLOCK_TILES or held + points[tile] > BLOCK_POINTS:
-            blocks.append([])
-            held = 0
-        blocks[-1].append(tile)
-        held += points[tile]
-    return [tuple(block) for block in blocks]
+    ordered = sorted(tiles)
+    if len(set(ordered)) < len(ordered):
+        raise ValueError("a tile must have one owner")
+    return [tuple(ordered[k : k + BLOCK_TILES]) for k in range(0, len(ordered), BLOCK_TILES)]
 
 
 def add_block(job: BlockJob) -> Any:
     """Add what the shards hold for a block's tiles to their chunks.
 
-    Chunks without a point are not written, so that the diff of two snapshots names the changed tiles and no others.
+    Shards are sorted by tile: all of them are read side by side, tile by tile, each row group once, so that memory
+    grows neither with the points nor with the shards. Chunks without a point are not written, so that the diff of two
+    snapshots names the changed tiles and no others.
 
     Returns:
         The forked session, for merging.
 
     Raises:
-        StoreError: A count leaves the range of 32 bits.
+        StoreError: A sum leaves the range of its array.
     """
     chunks = Chunks(job.session.store, zarr.open_group(job.session.store))
-    adder, runs = _Adder(chunks, job), list[_Run]()
-    for shard in job.shards:
-        runs += _read_runs(shard, job)
-        if sum(run.stop - run.start for run in runs) > BLOCK_POINTS:  # only a crowded single tile comes here
-            adder.add(runs)
-            runs.clear()
-    adder.add(runs)
+    adder = _Adder(chunks, job)
+    for k in range(0, len(job.shards), OPEN_SHARDS):
+        with ExitStack() as stack:
+            cursors = [stack.enter_context(_Cursor(shard, job)) for shard in job.shards[k : k + OPEN_SHARDS]]
+            for tile in job.tiles:
+                adder.add(tile, (run for cursor in cursors for run in cursor.take(tile)))
+    chunks.flush()
     return job.session
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows [start, stop) of a shard's columns, all of one tile and period."""
+    """Rows [start, stop) of some columns, all of one tile and period."""
 
     tile: int
     period: int
@@ -118,47 +114,70 @@ class _Run:
     values: dict[str, NDArray[Any]]
 
 
-def _read_runs(shard: Shard, job: BlockJob) -> Iterator[_Run]:
-    """The runs of a shard in the block's tiles: only the row groups that can hold them are decoded."""
-    names = ["tile", "period", "pixel", *job.arrays]
-    with pq.ParquetFile(shard.path) as file:
-        groups = (file.metadata.row_group(g).column(0).statistics for g in range(file.num_row_groups))
-        wanted = [g for g, s in enumerate(groups) if _holds(s.min, s.max, job.tiles)]
-        if not wanted:
-            return
-        table = file.read_row_groups(wanted, columns=names, use_threads=False)
-    columns = {n: table[n].combine_chunks().to_numpy() for n in names}
-    tile, period = columns.pop("tile"), columns.pop("period")
-    starts = _starts(tile, period)
-    owned = set(job.tiles)
-    for a, b in zip(starts.tolist(), [*starts[1:].tolist(), len(tile)], strict=True):
-        if tile[a] in owned:
-            yield _Run(int(tile[a]), int(period[a]), a, b, shard.sign, columns["pixel"], columns)
+class _Cursor:
+    """Walks through a shard in tile order; of its row groups, those that can hold the block's tiles are decoded."""
 
+    def __init__(self, shard: Shard, job: BlockJob) -> None:
+        self.sign, self.names = shard.sign, ["tile", "period", "pixel", *job.arrays]
+        self.file = pq.ParquetFile(shard.path)
+        bounds = (self.file.metadata.row_group(g).column(0).statistics for g in range(self.file.num_row_groups))
+        self.groups = deque(g for g, s in enumerate(bounds) if s.min <= job.tiles[-1] and s.max >= job.tiles[0])
+        self.runs: deque[_Run] = deque()
 
-def _holds(low: int, high: int, tiles: tuple[int, ...]) -> bool:
-    first = int(np.searchsorted(tiles, low))
-    return first < len(tiles) and tiles[first] <= high
+    def __enter__(self) -> _Cursor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def take(self, tile: int) -> Iterator[_Run]:
+        """The runs of a tile; earlier tiles are passed over."""
+        while self.runs or self.groups:
+            while self.runs and self.runs[0].tile <= tile:
+                run = self.runs.popleft()
+                if run.tile == tile:
+                    yield run
+            if self.runs:
+                return
+            if self.groups:
+                self._decode(self.groups.popleft())
+
+    def _decode(self, group: int) -> None:
+        table = self.file.read_row_group(group, columns=self.names, use_threads=False)
+        columns = {n: table[n].chunk(0).to_numpy() for n in self.names}
+        tile, period = columns.pop("tile"), columns.pop("period")
+        pixel, starts = columns.pop("pixel"), _starts(tile, period).tolist()
+        for a, b in zip(starts, [*starts[1:], len(tile)], strict=True):
+            self.runs.append(_Run(int(tile[a]), int(period[a]), a, b, self.sign, pixel, columns))
 
 
 class _Adder:
     """Adds runs to chunks through two dense tiles of each dtype, which are all zeros between uses."""
 
     def __init__(self, chunks: Chunks, job: BlockJob) -> None:
-        self.chunks, self.job, self.fresh = chunks, job, job.fresh
+        self.chunks, self.job, self.fresh, self.written = chunks, job, job.fresh, set[int]()
         pixels = job.grid.tile_px**2
         self.dense = {np.dtype(t): (np.zeros(pixels, t), np.zeros(pixels, t)) for t in (np.uint32, np.int64)}
 
-    def add(self, runs: list[_Run]) -> None:
-        """Add runs of any tiles, and store the chunks."""
-        runs = sorted(runs, key=lambda run: (run.tile, run.period))
-        for tile, of_tile in groupby(runs, key=lambda run: run.tile):
-            self.add_tile(divmod(tile, self.job.grid.tiles_x), list(of_tile))
-        self.chunks.flush()
-        self.fresh = False
+    def add(self, tile: int, runs: Iterable[_Run]) -> None:
+        """Add runs to the period chunks and the total of their tile; many of them in several steps."""
+        step, held = list[_Run](), 0
+        for run in runs:
+            step.append(run)
+            held += run.stop - run.start
+            if held > TILE_ROWS:
+                self._add(tile, step)
+                step, held = [], 0
+        if step:
+            self._add(tile, step)
 
-    def add_tile(self, place: tuple[int, int], runs: list[_Run]) -> None:
-        """Add all runs of one tile to its period chunks and to its total."""
+    def _add(self, tile: int, runs: list[_Run]) -> None:
+        place = divmod(tile, self.job.grid.tiles_x)
+        if tile in self.written:
+            self.chunks.flush()  # what waits to be stored cannot be read yet
+        self.fresh = self.job.fresh and tile not in self.written
+        self.written.add(tile)
+        runs.sort(key=lambda run: run.period)
         periods = [(p, list(group)) for p, group in groupby(runs, key=lambda run: run.period)]
         for name in self.job.arrays:
             period, total = self.dense[self.chunks.array(f"total/{name}").dtype]

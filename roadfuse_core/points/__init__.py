@@ -1,15 +1,26 @@
 """Trajectories: found, read by DuckDB, cleaned, placed on the grid and added up in shards."""
 
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
-from roadfuse_core.points._datum import from_wgs84, to_wgs84
-from roadfuse_core.points._read import METRES_PER_SECOND, Part, Rows, read_batches, read_rows, time_span
-from roadfuse_core.points._shard import Shuffle, Slice, SliceReport, map_slice, needs_vehicles, read_report, shuffle_slice
+from roadfuse_core.points._datum import from_wgs84, shift_datum, to_wgs84
+from roadfuse_core.points._read import DUCKDB_BYTES, METRES_PER_SECOND, Part, Rows, read_batches, read_rows, time_span
+from roadfuse_core.points._shard import (
+    ROW_GROUP,
+    Shuffle,
+    Slice,
+    SliceReport,
+    map_slice,
+    needs_vehicles,
+    read_report,
+    shuffle_slice,
+)
 from roadfuse_core.points._sources import SourceFile, check_columns, empty_files, find_sources, identify, materialise
 from roadfuse_core.points._sums import Collector, PixelSums, arrays_of, period_of
 from roadfuse_core.points._units import SpeedBreak, SpeedRatios, find_speed_break
 
 __all__ = [
+    "DUCKDB_BYTES",
     "METRES_PER_SECOND",
+    "ROW_GROUP",
     "Collector",
     "Part",
     "PixelSums",
@@ -38,6 +49,7 @@ __all__ = [
     "read_batches",
     "read_report",
     "read_rows",
+    "shift_datum",
     "shuffle_slice",
     "time_span",
     "to_wgs84",

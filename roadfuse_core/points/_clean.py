@@ -74,7 +74,7 @@ def judge_rows(rows: Rows, clean: CleanSpec, grid: Grid, projection: PixelProjec
     reason, col, row = np.zeros(n, np.uint8), np.zeros(n), np.zeros(n)
     _judge_rows(
         rows.x, rows.y, rows.time_us, rows.speed, np.array(projection.box), projection.scale(), projection.coefficients,
-        projection.degree, grid.shape[0], grid.shape[1], clean.null_island, clean.swapped, max(low, 0),
+        projection.degree, grid.shape[0], grid.shape[1], clean.null_island or 0.0, clean.swapped, max(low, 0),
         min(high, LAST_DAY * DAY_US), limit, reason, col, row,
     )  # fmt: skip
     return Placed(reason, col, row)
@@ -92,7 +92,7 @@ def _judge_rows(
         if not (np.isfinite(x[i]) and np.isfinite(y[i])):
             reason[i] = 1
             continue
-        if null_island and abs(x[i]) < 1e-4 and abs(y[i]) < 1e-4:
+        if abs(x[i]) < null_island and abs(y[i]) < null_island:
             reason[i] = 2
             continue
         if len(t) and (t[i] < t_low or t[i] >= t_high):

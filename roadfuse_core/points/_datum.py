@@ -6,10 +6,14 @@ more. Both are inverted by fixed-point iteration, which gains more than two digi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["from_wgs84", "to_wgs84"]
+from roadfuse_core.points._read import Rows
+
+__all__ = ["from_wgs84", "shift_datum", "to_wgs84"]
 
 Floats = NDArray[np.float64]
 AXIS_M = 6_378_245.0
@@ -69,3 +73,17 @@ def to_wgs84(lon: Floats, lat: Floats, datum: str) -> tuple[Floats, Floats]:
             back = from_wgs84(*guess, datum)
             guess = guess[0] + (lon - back[0]), guess[1] + (lat - back[1])
     return guess
+
+
+def shift_datum(rows: Rows, datum: str) -> Rows:
+    """Rows in WGS-84.
+
+    Args:
+        rows: As read; what is exactly 0, 0 stays there, to be rejected as such.
+        datum: wgs84, gcj02 or bd09.
+    """
+    if datum == "wgs84":
+        return rows
+    nowhere = (rows.x == 0) & (rows.y == 0)
+    x, y = to_wgs84(rows.x, rows.y, datum)
+    return replace(rows, x=np.where(nowhere, 0, x), y=np.where(nowhere, 0, y))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,7 @@ __all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_batches", "read_rows", "sh
 
 METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
 NO_TIME = np.iinfo(np.int64).min
+DUCKDB_BYTES = 800_000_000
 BATCH_ROWS = 14_336  # 112 KiB a column: above 128 KiB every batch would be mapped and unmapped by the system
 ABSENT = ["", "None", "none", "NULL", "null", "NaN", "nan", "NA"]
 
@@ -67,15 +69,21 @@ class Part:
 
 @contextmanager
 def _connection(spec: PointsSpec, paths: tuple[str, ...], scratch: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB on one thread and 1 GB, spilling to a scratch folder; its errors name the files."""
+    """DuckDB on one thread, spilling to a scratch folder; its errors name the files.
+
+    Object stores are read through fsspec in ranges; DuckDB's own extensions would have to be downloaded.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     with duckdb.connect() as connection:
         connection.execute("SET TimeZone = ?", [spec.time_zone])
         connection.execute("SET temp_directory = ?", [str(scratch)])
         connection.execute("SET threads = 1")
-        connection.execute("SET memory_limit = '1GB'")
+        connection.execute(f"SET memory_limit = '{DUCKDB_BYTES}B'")
+        connection.execute("SET autoinstall_known_extensions = false")
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
+        for scheme in {p.split("://")[0] for p in paths if "://" in p}:
+            connection.register_filesystem(fsspec.filesystem(scheme))
         try:
             yield connection
         except duckdb.Error as error:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyproj import CRS
 
 from roadfuse_core.grid import Grid, PixelProjection, fit_projection
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
-from roadfuse_core.points._datum import to_wgs84
+from roadfuse_core.points._datum import shift_datum
 from roadfuse_core.points._read import Part, Rows, read_batches, shuffle_rows
 from roadfuse_core.points._sums import Collector, PixelSums
 from roadfuse_core.points._units import SpeedRatios
 from roadfuse_core.settings import PointsSpec
 
-__all__ = ["Shuffle", "Slice", "SliceReport", "map_slice", "needs_vehicles", "read_report", "shuffle_slice"]
+__all__ = ["ROW_GROUP", "Shuffle", "Slice", "SliceReport", "map_slice", "needs_vehicles", "read_report", "shuffle_slice"]
 
-ROW_GROUP = 1 << 16
+ROW_GROUP = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class _Mapper:
         self.job = job
         self.collector = Collector(job.spec, job.grid, job.capacity)
         self.ratios = SpeedRatios()
+        crs = CRS.from_user_input(job.spec.crs)
+        self.metres_per_unit = None if crs.is_geographic else crs.axis_info[0].unit_conversion_factor
         self.reasons = np.zeros(len(Reason), np.int64)
         self.tiles: Counter[int] = Counter()
         self.shards: list[str] = []
@@ -147,7 +150,7 @@ class _Mapper:
         projection = fit_projection(job.grid, job.spec.crs)
         with _Quarantine(job.quarantine, stem.stem) as quarantine:
             for rows in read_batches(job.spec, job.part, job.vehicles_matter, stem.with_suffix(".spill")):
-                self._take(_shifted(rows, job.spec.datum), projection, quarantine)
+                self._take(shift_datum(rows, job.spec.datum), projection, quarantine)
         self._flush()
         return SliceReport(
             shards=tuple(self.shards), rows=int(self.reasons.sum()),
@@ -164,7 +167,7 @@ class _Mapper:
         if job.vehicles_matter:
             derive = job.spec.columns.interval is None
             interval = judge_vehicles(rows, placed, job.spec.clean, job.grid.resolution_m, derive)
-            self.ratios.add(rows, placed, job.grid.resolution_m)
+            self.ratios.add(rows, placed, self.metres_per_unit)
         self.reasons += np.bincount(placed.reason, minlength=len(Reason))
         if not self.collector.fits(len(rows.x)):
             self._flush()
@@ -190,15 +193,6 @@ class _Mapper:
         self.periods += [int(sums.period.min()), int(sums.period.max())]
 
 
-def _shifted(rows: Rows, datum: str) -> Rows:
-    """Rows in WGS-84; what is exactly 0, 0 stays there, to be rejected as such."""
-    if datum == "wgs84":
-        return rows
-    nowhere = (rows.x == 0) & (rows.y == 0)
-    x, y = to_wgs84(rows.x, rows.y, datum)
-    return replace(rows, x=np.where(nowhere, 0, x), y=np.where(nowhere, 0, y))
-
-
 def _write(sums: PixelSums, shard: Path) -> None:
     """Columns tile, period, pixel and the arrays; bytes of equal weight lie together, which LZ4 packs well and fast."""
     part = shard.with_suffix(".part")
@@ -206,7 +200,7 @@ def _write(sums: PixelSums, shard: Path) -> None:
     split = {"pixel": sums.pixel} | sums.arrays
     table = pa.table({k: pa.array(v) for k, v in (whole | split).items()})
     pq.write_table(table, part, compression="lz4", row_group_size=ROW_GROUP, use_dictionary=list(whole),
-                   column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"))  # fmt: skip
+                   write_statistics=["tile"], column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"))  # fmt: skip
     part.rename(shard)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import fnmatch
 import glob
 import gzip
+import os
 import shutil
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from blake3 import blake3
@@ -30,7 +34,7 @@ class SourceFile:
     """A file of a dump, or one member of an archive.
 
     Attributes:
-        path: Absolute path of the file or archive.
+        path: Absolute path of the file or archive, or its URL in an object store.
         member: Name inside the archive; empty for plain files.
     """
 
@@ -49,26 +53,22 @@ class SourceFile:
 
 
 def find_sources(city: City, patterns: list[str] | None = None) -> list[SourceFile]:
-    """The files behind the city's sources, sorted, each once.
+    """The files behind the city's sources, sorted, each once, also where links lead to it twice or in circles.
 
     Args:
-        city: Its `points.sources` are globs relative to the city file; `archive.zip::pattern` picks members, and
-            litter of archives (`__MACOSX`, hidden files) is never picked.
+        city: Its `points.sources` are folders or globs, relative to the city file or URLs such as `s3://bucket/…`;
+            `archive.zip::pattern` picks members, and litter of archives (`__MACOSX`, hidden files) is never picked.
         patterns: Instead of the city's own.
 
     Raises:
         ConfigError: A source matches nothing, or a file is of an unknown kind.
+        DataError: An object store does not answer.
     """
-    spec = _points(city)
     found: set[SourceFile] = set()
-    for text in patterns or spec.sources:
+    for text in patterns or _points(city).sources:
         outer, _, inner = text.partition("::")
-        where = str(city.path(outer))
-        # A folder stands for all data files below it, hive-partitioned or not.
-        paths = sorted(glob.glob(f"{where}/**" if Path(where).is_dir() else where, recursive=True))
-        files = [f for p in paths if Path(p).is_file() for f in _expand(p, inner)]
-        if Path(where).is_dir():
-            files = [f for f in files if not Path(f.path).name.startswith((".", "_"))]
+        paths = _remote_paths(outer) if "://" in outer else _local_paths(str(city.path(outer)))
+        files = [f for path in paths for f in _expand(path, inner)]
         if not files:
             raise ConfigError("points.sources", text, "matches no file", "correct the path or the pattern")
         found.update(files)
@@ -76,6 +76,49 @@ def find_sources(city: City, patterns: list[str] | None = None) -> list[SourceFi
         if not (file.member or file.path).lower().endswith(PARQUET + TEXT):
             raise ConfigError("points.sources", file.label, "is neither Parquet nor text", f"use {', '.join(PARQUET + TEXT)}")
     return sorted(found, key=lambda f: f.label)
+
+
+def _local_paths(where: str) -> list[str]:
+    """Files of a glob, or all data files below a folder, hive-partitioned or not; of equal files one name."""
+    if Path(where).is_dir():
+        found = [p for p in _walk(where) if not Path(p).name.startswith((".", "_"))]
+    else:
+        found = [p for p in glob.glob(where, recursive=True) if Path(p).is_file()]
+    return list({os.path.realpath(p): p for p in sorted(found, reverse=True)}.values())
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Files below a folder; linked folders are entered, each once."""
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(here))
+        folders[:] = [f for f in sorted(folders) if os.path.realpath(f"{here}/{f}") not in seen]
+        yield from (f"{here}/{n}" for n in names if Path(here, n).is_file())
+
+
+def _remote_paths(url: str) -> list[str]:
+    scheme = url.split("://")[0]
+    with _reaching(url):
+        store, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        found = store.glob(path) if any(c in path for c in "*?[") else store.find(path)
+        kept = [p for p in found if not p.rsplit("/", 1)[-1].startswith((".", "_")) and store.isfile(p)]
+    return [f"{scheme}://{p}" for p in kept]
+
+
+@contextmanager
+def _reaching(where: str) -> Iterator[None]:
+    """Errors of object stores, which come in many classes, as one line."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError("points.sources", where, f"needs a package ({error})", "install roadfuse[s3]") from error
+    except Exception as error:
+        if "://" not in where or isinstance(error, (ConfigError, DataError)):
+            raise
+        short = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"points.sources: cannot read {where} ({short}); check the URL, AWS_ENDPOINT_URL and the credentials"
+        ) from error
 
 
 def _points(city: City) -> PointsSpec:
@@ -88,8 +131,8 @@ def _expand(path: str, inner: str) -> list[SourceFile]:
     if not path.lower().endswith(".zip"):
         return [SourceFile(path)]
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if not n.endswith("/")]
+        with _Opener() as opener:
+            names = [n for n in opener.archive(path).namelist() if not n.endswith("/")]
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"points.sources: {path} is not a readable zip ({error}); copy it again") from error
     names = [n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in LITTER)]
@@ -97,7 +140,7 @@ def _expand(path: str, inner: str) -> list[SourceFile]:
 
 
 class _Opener:
-    """Opens files and members of archives as bytes; each archive's directory is read once."""
+    """Opens files, objects and members of archives as bytes; each archive's directory is read once."""
 
     def __init__(self) -> None:
         self.archives: dict[str, zipfile.ZipFile] = {}
@@ -112,35 +155,68 @@ class _Opener:
     def archive(self, path: str) -> zipfile.ZipFile:
         """An open archive."""
         if path not in self.archives:
-            self.archives[path] = zipfile.ZipFile(path)
+            self.archives[path] = zipfile.ZipFile(self._bytes(path))
         return self.archives[path]
 
     def open(self, file: SourceFile) -> IO[bytes]:
         """The file's bytes, as stored: gzip is not unpacked."""
-        return self.archive(file.path).open(file.member) if file.member else open(file.path, "rb")
+        return self.archive(file.path).open(file.member) if file.member else self._bytes(file.path)
+
+    @staticmethod
+    def _bytes(path: str) -> IO[bytes]:
+        if "://" not in path:
+            return open(path, "rb")
+        with _reaching(path):
+            opened: IO[bytes] = fsspec.open(path, "rb").open()
+        return opened
 
 
-def identify(files: list[SourceFile]) -> list[dict[str, object]]:
-    """Each file's label, size in bytes and content hash (BLAKE3, 16 bytes, hexadecimal)."""
+def identify(files: list[SourceFile], known: Mapping[tuple[str, str], str] | None = None) -> list[dict[str, Any]]:
+    """Each file's label, version, size in bytes and content hash.
+
+    Args:
+        files: The files.
+        known: Hashes by label and version, from earlier; what is in it is not read again.
+
+    Returns:
+        One record a file; `version` is the time of its last change in nanoseconds with its size, or an object's ETag;
+        `hash` is BLAKE3, 16 bytes, hexadecimal.
+
+    Raises:
+        DataError: An object store does not answer.
+    """
     with _Opener() as opener:
-        return [asdict(f) | {"label": f.label, **_content(opener, f)} for f in files]
+        return [_identity(opener, f, known or {}) for f in files]
 
 
-def _content(opener: _Opener, file: SourceFile) -> dict[str, object]:
+def _identity(opener: _Opener, file: SourceFile, known: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+    if "://" in file.path:
+        with _reaching(file.path):
+            store, path = fsspec.core.url_to_fs(file.path, use_listings_cache=False)
+            facts = store.info(path)
+            size, version = int(facts["size"]), str(facts.get("ETag") or store.ukey(path)).strip('"')
+    else:
+        stat = os.stat(file.path)
+        size, version = stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}"
+    if file.member:
+        size = opener.archive(file.path).getinfo(file.member).file_size
+    digest = known.get((file.label, version)) or _hash(opener, file)
+    return asdict(file) | {"label": file.label, "version": version, "size": size, "hash": digest}
+
+
+def _hash(opener: _Opener, file: SourceFile) -> str:
     digest = blake3(max_threads=blake3.AUTO)
-    if not file.member:
+    if file.member or "://" in file.path:
+        with opener.open(file) as stream, _reaching(file.path):
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    else:
         digest.update_mmap(file.path)
-        return {"size": Path(file.path).stat().st_size, "hash": digest.hexdigest(16)}
-    size = 0
-    with opener.open(file) as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"size": size, "hash": digest.hexdigest(16)}
+    return digest.hexdigest(16)
 
 
 def materialise(files: list[SourceFile], scratch: Path) -> list[str]:
-    """Paths that DuckDB can open; members of archives are unpacked below a scratch folder, in order."""
+    """Paths or URLs that DuckDB can open; members of archives are unpacked below a scratch folder, in order."""
     out = []
     with _Opener() as opener:
         for number, file in enumerate(files):
@@ -167,7 +243,8 @@ def empty_files(city: City, files: list[SourceFile]) -> list[SourceFile]:
 
 def _is_empty(opener: _Opener, file: SourceFile, header: bool) -> bool:
     if file.is_parquet:
-        return int(pq.read_metadata(file.path).num_rows) == 0
+        with opener.open(file) as stream:
+            return int(pq.read_metadata(stream).num_rows) == 0
     with opener.open(file) as raw, _unpacked(file, raw) as stream:
         if header:
             stream.readline()
@@ -185,7 +262,7 @@ def check_columns(city: City, files: list[SourceFile]) -> list[int | None]:
         for file in files:
             if not file.is_parquet:
                 _check_text(city, file, opener)
-    return [_check_parquet(city, f) if f.is_parquet else None for f in files]
+        return [_check_parquet(city, f, opener) if f.is_parquet else None for f in files]
 
 
 def _wanted(city: City) -> dict[str, str]:
@@ -193,11 +270,12 @@ def _wanted(city: City) -> dict[str, str]:
     return {k: v for k, v in named.items() if v != "filename"}
 
 
-def _check_parquet(city: City, file: SourceFile) -> int:
+def _check_parquet(city: City, file: SourceFile, opener: _Opener) -> int:
     if file.member:
         raise ConfigError("points.sources", file.label, "is Parquet inside a zip", "unpack it; Parquet is compressed")
     try:
-        footer = pq.read_metadata(file.path)
+        with opener.open(file) as stream:
+            footer = pq.read_metadata(stream)
         schema = footer.schema.to_arrow_schema()
     except (pa.ArrowInvalid, OSError) as error:
         short = str(error).split(". ")[0]
@@ -232,7 +310,7 @@ def _unpacked(file: SourceFile, raw: IO[bytes]) -> IO[bytes]:
 def _first_line(file: SourceFile, opener: _Opener) -> str:
     try:
         with opener.open(file) as raw, _unpacked(file, raw) as stream:
-            return stream.readline(1 << 16).decode().rstrip("\r\n")
+            return stream.read(1 << 16).split(b"\n", 1)[0].decode().rstrip("\r")
     except (UnicodeDecodeError, OSError, zipfile.BadZipFile) as error:
         raise DataError(f"points.sources: {file.label} is not text in UTF-8 ({error}); convert or copy it again") from error
 

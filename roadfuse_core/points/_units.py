@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numba import njit
 
-from roadfuse_core.points._clean import Placed
+from roadfuse_core.points._clean import Placed, Reason
 from roadfuse_core.points._read import METRES_PER_SECOND, Rows
 
 __all__ = ["SpeedBreak", "SpeedRatios", "find_speed_break"]
 
 BINS_PER_DOUBLING = 8
+METRES_PER_DEGREE = 111_195.0
+KEPT, OUTSIDE = int(Reason.KEPT), int(Reason.OUTSIDE)
 BINS = 12 * BINS_PER_DOUBLING
 MIN_PAIRS = 200
 # Less than the step between any two units (km/h to mph, 1.61), more than what traffic does to a median.
@@ -28,18 +30,24 @@ MIN_STEP = np.log2(1.4)
 class SpeedRatios:
     """Histograms of log2(reported / implied speed), by day since 1970; 96 bins of 1/8 from 2^-6 to 2^6.
 
-    Implied is the straight way between a vehicle's neighbouring kept samples, 1 to 180 s and at least 2 m/s apart.
+    Implied is the straight way between a vehicle's neighbouring samples, 1 to 180 s and at least 2 m/s apart; samples
+    outside the grid speak too.
     """
 
     by_day: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, rows: Rows, placed: Placed, resolution_m: float) -> None:
-        """Count a batch, sorted by vehicle and time."""
+    def add(self, rows: Rows, placed: Placed, metres_per_unit: float | None) -> None:
+        """Count a batch, sorted by vehicle and time.
+
+        Args:
+            rows: The batch.
+            placed: Its reasons.
+            metres_per_unit: Of projected coordinates; None for degrees.
+        """
         if not len(rows.speed):
             return
         day, place = np.empty(len(rows.x), np.int64), np.empty(len(rows.x), np.int64)
-        n = _ratios(rows.vehicle, rows.time_us, rows.speed, placed.col * resolution_m, placed.row * resolution_m,
-                    placed.reason, day, place)  # fmt: skip
+        n = _ratios(rows.vehicle, rows.time_us, rows.speed, rows.x, rows.y, metres_per_unit or 0.0, placed.reason, day, place)
         days, inverse = np.unique(day[:n], return_inverse=True)
         counts = np.bincount(inverse * BINS + place[:n], minlength=len(days) * BINS).reshape(len(days), BINS)
         for d, row in zip(days.tolist(), counts.tolist(), strict=True):
@@ -47,15 +55,19 @@ class SpeedRatios:
 
 
 @njit(cache=True, nogil=True)
-def _ratios(vehicle, t, speed, x, y, reason, day, place):
+def _ratios(vehicle, t, speed, x, y, unit, reason, day, place):
     n, last = 0, -1
     for i in range(len(vehicle)):
-        if reason[i] != 0:
+        if reason[i] != KEPT and reason[i] != OUTSIDE:
             continue
         if last >= 0 and vehicle[last] == vehicle[i] and speed[i] > 0:
             seconds = (t[i] - t[last]) / 1e6
             if 1 <= seconds <= 180:
-                implied = np.hypot(x[i] - x[last], y[i] - y[last]) / seconds
+                east, north = (x[i] - x[last]) * unit, (y[i] - y[last]) * unit
+                if unit == 0:  # degrees, on a sphere: a thousandth is nothing here
+                    east = (x[i] - x[last]) * np.cos(np.radians(y[i])) * METRES_PER_DEGREE
+                    north = (y[i] - y[last]) * METRES_PER_DEGREE
+                implied = np.hypot(east, north) / seconds
                 if implied >= 2:
                     k = int(np.floor((np.log2(speed[i] / implied) + 6) * BINS_PER_DOUBLING))
                     day[n], place[n] = t[i] // 86_400_000_000, min(max(k, 0), BINS - 1)
@@ -84,7 +96,7 @@ class SpeedBreak:
 
 
 def find_speed_break(by_day: Mapping[int, list[int]], stated: str) -> SpeedBreak | None:
-    """The day at which the medians of reported / implied speed part best, if they part by a step between units.
+    """The day that parts reported / implied speed best (least absolute deviations), if its medians part by a step of units.
 
     Args:
         by_day: As `SpeedRatios` counts them.
@@ -96,21 +108,26 @@ def find_speed_break(by_day: Mapping[int, list[int]], stated: str) -> SpeedBreak
     days = sorted(by_day)
     counts = np.array([by_day[d] for d in days], np.int64).reshape(-1, BINS)
     before, after = counts.cumsum(0), counts[::-1].cumsum(0)[::-1]
-    best, step = -1, 0.0
-    for k in range(1, len(days)):
-        pair = before[k - 1], after[k]
-        if min(p.sum() for p in pair) >= MIN_PAIRS:
-            # Weighted by the smaller side, so that a few odd days do not make a stretch.
-            found = abs(_median(pair[0]) - _median(pair[1])) * np.sqrt(float(min(p.sum() for p in pair)))
-            best, step = (k, found) if found > step else (best, step)
-    if best < 0 or abs(_median(before[best - 1]) - _median(after[best])) < MIN_STEP:
+    cuts = [k for k in range(1, len(days)) if min(before[k - 1].sum(), after[k].sum()) >= MIN_PAIRS]
+    if not cuts:
+        return None
+    best = min(cuts, key=lambda k: _spread(before[k - 1]) + _spread(after[k]))
+    if abs(_median(before[best - 1]) - _median(after[best])) < MIN_STEP:
         return None
     low, high = _median(before[best - 1]), _median(after[best])
-    wrong, distance = ("before", low - high) if abs(low) > abs(high) else ("after", high - low)
-    factors = {unit: np.log2(METRES_PER_SECOND[stated] / metres) for unit, metres in METRES_PER_SECOND.items()}
-    likely = min(factors, key=lambda unit: abs(factors[unit] - distance))
+    wrong, ratio = ("before", low) if abs(low) > abs(high) else ("after", high)
+    factors = {
+        unit: np.log2(METRES_PER_SECOND[stated] / metres) for unit, metres in METRES_PER_SECOND.items() if unit != stated
+    }
+    likely = min(factors, key=lambda unit: abs(factors[unit] - ratio))
     date = str(np.datetime64(days[best], "D"))
     return SpeedBreak(date, round(float(2**low), 2), round(float(2**high), 2), wrong, likely)
+
+
+def _spread(histogram: np.ndarray) -> float:
+    """Sum of the distances from the median, in bins."""
+    middle = (_median(histogram) + 6) * BINS_PER_DOUBLING - 0.5
+    return float((histogram * np.abs(np.arange(BINS) - middle)).sum())
 
 
 def _median(histogram: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from pyproj import Transformer
 
 from roadfuse_core.check import check_city
@@ -75,6 +76,41 @@ def test_austin_in_all_its_dirt(real_data, tmp_path):
     got = CubeReader(cubes_path(c)).window("count", 0, 0, *c.make_grid().shape)
     on_grid_rejected = entry["rejected"].get("duplicate", 0) + entry["rejected"].get("teleport", 0)
     assert int(image.sum()) - int(got.sum()) == on_grid_rejected
+
+
+@pytest.mark.parametrize(("stated", "wrong", "likely"), [("mph", "after", "m/s"), ("m/s", "before", "mph")])
+def test_a_unit_that_changes_within_a_dump_is_found(real_data, tmp_path, stated, wrong, likely):
+    """Austin's speeds are in miles an hour until 2015-09 and in metres a second from 2015-12 on."""
+    c = city("austin", real_data, tmp_path)
+    columns = c.points.columns.model_copy(update={"speed": "speed"})
+    points = c.points.model_copy(update={"columns": columns, "speed_unit": stated})
+    found = ingest(c.model_copy(update={"imagery": None, "points": points}))["speed_break"]
+    assert "2015-09-30" < found["day"] <= "2016-01-02"
+    assert (found["wrong"], found["likely_unit"]) == (wrong, likely)
+
+
+def test_blank_bearings_are_no_bearings(real_data, tmp_path):
+    """Liverpool's buses: 399 of 1,533 rows say no bearing."""
+    archive = real_data / "extras/liverpool_bus_route14.zip"
+    spec = {
+        "name": "liverpool", "workspace": "w", "grid": {"bounds": [-3.1, 53.3, -2.8, 53.5], "resolution_m": 2.0, "tile_px": 512},
+        "points": {
+            "sources": [f"{archive}::*.csv"], "time_zone": "Europe/London",
+            "columns": {"lon": "longitude", "lat": "latitude", "time": "timestamp", "vehicle": "vehicle_id", "bearing": "bearing"},
+        },
+    }  # fmt: skip
+    (tmp_path / "city.yaml").write_text(yaml.safe_dump(spec))
+    c = load_city(tmp_path / "city.yaml")
+    entry = ingest(c)
+    with zipfile.ZipFile(archive) as z:
+        table = pd.read_csv(z.open(next(n for n in z.namelist() if n.endswith(".csv"))))
+    assert entry["rows"] == len(table) == entry["kept"] + sum(entry["rejected"].values())
+    assert table.bearing.isna().sum() == 399
+    cube = CubeReader(cubes_path(c))
+    sums = {name: int(cube.window(name, 0, 0, *c.make_grid().shape).sum()) for name in ("count", "bearing_count")}
+    assert sums["count"] == entry["kept"]
+    repeated = entry["rows"] - entry["kept"]
+    assert table.bearing.notna().sum() - repeated <= sums["bearing_count"] <= table.bearing.notna().sum()
 
 
 def test_positions_that_are_missing_by_word(real_data, tmp_path):

@@ -23,11 +23,13 @@ from roadfuse_core.cubes import (
     committer_lock,
     cubes_path,
     files_between,
+    forecast,
     ingest,
     ledger,
     open_repository,
     plan_ingest,
     read_group,
+    snapshots,
 )
 from roadfuse_core.cubes._reduce import owned_blocks
 from roadfuse_core.errors import ConfigError, DataError, StoreError
@@ -296,33 +298,34 @@ def test_chunks_are_those_of_zarr(tmp_path):
 
 
 def test_every_touched_tile_has_one_owner():
-    rng = np.random.default_rng(0)
-    points = {int(t): int(n) for t, n in zip(rng.permutation(5000)[:700], rng.integers(1, 3_000_000, 700))}
-    owners = owned_blocks(points)
-    assert sorted(t for o in owners for t in o) == sorted(points)
-    assert all(len(o) == 1 or sum(points[t] for t in o) <= 4_000_000 for o in owners)
-    assert max(map(len, owned_blocks(dict.fromkeys(range(1000), 1)))) == 64
+    tiles = np.random.default_rng(0).permutation(5000)[:700].tolist()
+    owners = owned_blocks(tiles)
+    assert [t for o in owners for t in o] == sorted(tiles)
+    assert max(map(len, owners)) == 64
+    with pytest.raises(ValueError, match="one owner"):
+        owned_blocks([3, 4, 3])
 
 
 def test_any_size_of_slices_gives_the_same_cube(small_city, monkeypatch):
     """One slice; small files together; files in pieces and vehicles shuffled."""
-    from roadfuse_core.cubes import _ingest
+    from roadfuse_core.cubes import _plan
 
     ingest(fresh(small_city, "whole"))
     expected, entry = contents(fresh(small_city, "whole")), next(iter(ledger(fresh(small_city, "whole")).values()))
     for rows in (4000, 900):
-        monkeypatch.setattr(_ingest, "ROWS_PER_SLICE", rows)
+        monkeypatch.setattr(_plan, "ROWS_PER_SLICE", rows)
         got = ingest(fresh(small_city, f"by-{rows}"))
         assert contents(fresh(small_city, f"by-{rows}")) == expected
         assert got["rejected"] == entry["rejected"]
 
 
 def test_a_crowded_tile_is_added_in_pieces(small_city, monkeypatch):
-    from roadfuse_core.cubes import _ingest, _reduce
+    from roadfuse_core.cubes import _plan, _reduce
 
     ingest(fresh(small_city, "whole"))
-    monkeypatch.setattr(_ingest, "ROWS_PER_SLICE", 900)
-    monkeypatch.setattr(_reduce, "BLOCK_POINTS", 50)
+    monkeypatch.setattr(_plan, "ROWS_PER_SLICE", 900)
+    monkeypatch.setattr(_reduce, "TILE_ROWS", 50)
+    monkeypatch.setattr(_reduce, "OPEN_SHARDS", 2)
     ingest(fresh(small_city, "pieces"))
     assert contents(fresh(small_city, "pieces")) == contents(fresh(small_city, "whole"))
 
@@ -410,3 +413,35 @@ def test_files_of_a_time_range(small_city):
     with pytest.raises(ConfigError, match="is not after"):
         files_between(small_city, plan, datetime(2026, 3, 31), datetime(2026, 3, 31))
     assert ingest(small_city, chosen)["rows"] == 3009
+
+
+@pytest.mark.parametrize("chosen", [(), ("speed",), ("bearing",), ("speed", "bearing", "interval")])
+def test_a_cube_holds_any_subset_of_the_quantities(small_city, chosen):
+    """Each array is the same, whichever others are beside it."""
+    still = small_city.points.clean.model_copy(update={"duplicates": False, "teleport_kmh": None})
+    every = small_city.points.model_copy(update={"clean": still})
+    dropped = dict.fromkeys({"speed", "bearing", "interval", "vehicle"} - set(chosen))
+    some = every.model_copy(update={"columns": every.columns.model_copy(update=dropped)})
+    full, part = fresh(small_city, "full"), fresh(small_city, "part")
+    ingest(
+        full.model_copy(
+            update={"points": every.model_copy(update={"columns": every.columns.model_copy(update={"vehicle": None})})}
+        )
+    )
+    ingest(part.model_copy(update={"points": some}))
+    held, whole = contents(part), contents(full)
+    assert len(held) == 2 * (1 + 2 * ("speed" in chosen) + 3 * ("bearing" in chosen) + 2 * ("interval" in chosen))
+    assert all(held[name] == whole[name] for name in held)
+
+
+def test_the_forecast_is_what_comes(small_city):
+    told = forecast(small_city, plan_ingest(small_city))
+    assert not cubes_path(small_city).exists()
+    entry = ingest(small_city)
+    assert told.sampled == entry["rows"]  # small files are seen whole
+    assert told.tiles == entry["tiles"]
+    assert told.periods == 1
+    arrays = len(read_group(open_repository(cubes_path(small_city))).attrs["arrays"])
+    assert told.chunks == told.tiles * 2 * arrays
+    assert told.points_per_chunk == pytest.approx(entry["kept"] / told.tiles, rel=0.05)  # repetitions are not foreseen
+    assert [s.id for s in snapshots(small_city)] == [entry["snapshot"]]

@@ -24,7 +24,9 @@ from roadfuse_core.points import (
     Rows,
     Shuffle,
     Slice,
+    SpeedRatios,
     find_sources,
+    find_speed_break,
     from_wgs84,
     judge_rows,
     judge_vehicles,
@@ -182,7 +184,7 @@ def test_reasons(row, reason):
 @pytest.mark.parametrize(
     ("off", "row", "reason"),
     [
-        ({"null_island": False}, one(x=0.0, y=0.0), Reason.OUTSIDE),
+        ({"null_island": None}, one(x=0.0, y=0.0), Reason.OUTSIDE),
         ({"swapped": False}, one(x=LAT, y=LON), Reason.OUTSIDE),
         ({"max_speed_kmh": None}, one(speed=70.0), Reason.KEPT),
         ({"time_range": (datetime(2021, 1, 1), datetime(2021, 2, 1))}, one(), Reason.TIME),
@@ -452,3 +454,21 @@ def test_a_dump_in_gcj02_falls_where_the_same_dump_in_wgs84_does(tmp_path):
         sums.append(pq.read_table(report.shards[0]).to_pydict())
     assert sums[0] == sums[1] == sums[2]
     assert sum(sums[0]["count"]) == 500
+
+
+@pytest.mark.parametrize("unit", METRES_PER_SECOND)
+def test_a_change_of_the_unit_of_speed_is_found(unit):
+    """Ten days at 5 to 20 m/s, the first six written in another unit than the one stated."""
+    rng, ratios, n = np.random.default_rng(2), SpeedRatios(), 400
+    for day in range(20_000, 20_010):
+        step = rng.uniform(5, 20, n)
+        lon, lat = place(np.cumsum(step), np.full(n, 100.0))
+        time = day * 86_400_000_000 + np.arange(n) * 1_000_000
+        speed = step / METRES_PER_SECOND[unit if day < 20_006 else "m/s"]
+        rows = Rows(np.zeros(n, np.int64), lon, lat, time, speed, np.zeros(0), np.zeros(0))
+        ratios.add(rows, judged(rows), None)
+    found = find_speed_break(ratios.by_day, "m/s")
+    if unit == "m/s":
+        assert found is None
+    else:
+        assert (found.wrong, found.likely_unit, found.day) == ("before", unit, str(np.datetime64(20_006, "D")))

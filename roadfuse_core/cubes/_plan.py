@@ -1,0 +1,306 @@
+"""What an ingest would do: which files are new, how they are cut, what it needs and what it will make."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed.system import MEMORY_LIMIT
+
+from roadfuse_core.cluster import count_workers
+from roadfuse_core.cubes._reduce import OPEN_SHARDS, TILE_ROWS
+from roadfuse_core.cubes._repository import MAIN, open_repository, read_group
+from roadfuse_core.errors import ConfigError, DataError, StoreError
+from roadfuse_core.grid import fit_projection
+from roadfuse_core.points import (
+    DUCKDB_BYTES,
+    ROW_GROUP,
+    Collector,
+    Part,
+    SourceFile,
+    arrays_of,
+    check_columns,
+    find_sources,
+    identify,
+    judge_rows,
+    materialise,
+    needs_vehicles,
+    read_rows,
+    shift_datum,
+    time_span,
+)
+from roadfuse_core.settings import City, PointsSpec
+
+__all__ = [
+    "Forecast",
+    "IngestPlan",
+    "LedgerEntry",
+    "Snapshot",
+    "cubes_path",
+    "cut_parts",
+    "files_between",
+    "forecast",
+    "ledger",
+    "plan_ingest",
+    "points_of",
+    "rows_per_slice",
+    "snapshots",
+]
+
+LedgerEntry = dict[str, Any]
+ROWS_PER_SLICE = 6_000_000
+LEAST_ROWS_PER_SLICE = 250_000
+BYTES_PER_TEXT_ROW = 30
+# Resident bytes of a worker before it does anything, with all libraries loaded; measured, with room.
+BASE_BYTES = 450_000_000
+SAMPLED_FILES = 16
+SAMPLED_ROWS = 50_000
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class IngestPlan:
+    """What an ingest would do.
+
+    Attributes:
+        dump: Name of the new dump, from its content; empty when there is nothing new.
+        files: New files with size and content hash.
+        known: Files whose content the ledger already holds.
+        rows: Rows to read; counted for Parquet, estimated from the size for text.
+        slices: Jobs of the map.
+        rows_per_slice: Most rows of a job, by the memory of a worker.
+    """
+
+    dump: str
+    files: list[dict[str, Any]]
+    known: list[str]
+    rows: int
+    slices: int
+    rows_per_slice: int
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        """The new files."""
+        return [SourceFile(f["path"], f["member"]) for f in self.files]
+
+
+def cubes_path(city: City) -> Path:
+    """Where the city's cube repository lies."""
+    return city.workspace_path / "cubes"
+
+
+def ledger(city: City) -> dict[str, LedgerEntry]:
+    """Every dump in the cube by name, oldest first; empty before the first ingest."""
+    try:
+        root = read_group(open_repository(cubes_path(city)))
+    except StoreError:
+        return {}
+    return dict(sorted(root["ledger"].attrs["dumps"].items(), key=lambda item: item[1]["committed"]))
+
+
+def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | None = None) -> IngestPlan:
+    """What is new among the city's files; reads headers and hashes, writes nothing.
+
+    Args:
+        city: The city.
+        patterns: Files or globs instead of the city's own sources.
+        replace: A dump whose files count as new, because it leaves the cube.
+
+    Raises:
+        ConfigError: Sources match nothing or lack a column, or a worker's memory is too small.
+        DataError: A file is unreadable, or one that was ingested has changed.
+    """
+    files = find_sources(city, patterns)
+    if needs_vehicles(points_of(city)) and len({f.is_parquet for f in files}) > 1:
+        raise ConfigError("points.sources", patterns or list(points_of(city).sources), "mix Parquet and text",
+                          "ingest them apart, so that each vehicle is seen whole")  # fmt: skip
+    counted = check_columns(city, files)
+    entries = {name: e for name, e in ledger(city).items() if name != replace}
+    files_held = [f for e in ledger(city).values() for f in e["files"]]
+    versions = {(f["label"], f["version"]): f["hash"] for f in files_held}
+    held = {f["hash"] for e in entries.values() for f in e["files"]}
+    by_label = {f["label"] for e in entries.values() for f in e["files"]}
+    new: list[dict[str, Any]] = []
+    known: list[str] = []
+    for f, rows in zip(identify(files, versions), counted, strict=True):
+        if f["hash"] in held:
+            known.append(str(f["label"]))
+        elif f["label"] in by_label:
+            raise DataError(f"points.sources: {f['label']} was ingested with other content; give the new content a new name")
+        else:
+            new.append(f | {"rows": rows if rows is not None else int(str(f["size"])) // BYTES_PER_TEXT_ROW})
+    per_slice = rows_per_slice(city)
+    if not new:
+        return IngestPlan("", [], known, 0, 0, per_slice)
+    # In the order of their content, so that a run after a crash makes the same slices, whatever the files are called.
+    new.sort(key=lambda f: (f["hash"], f["label"]))
+    dump = hashlib.blake2b("".join(f["hash"] for f in new).encode(), digest_size=6).hexdigest()
+    rows = sum(f["rows"] for f in new)
+    return IngestPlan(dump, new, known, rows, max(1, -(-rows // per_slice)), per_slice)
+
+
+def worker_memory(city: City) -> int:
+    """Bytes that one worker may use: the city's setting, or its share of the machine, at most 2 GiB."""
+    if city.cluster.memory_gib is not None:
+        return int(city.cluster.memory_gib * GIB)
+    return int(min(2 * GIB, MEMORY_LIMIT / count_workers(city.cluster)))
+
+
+def rows_per_slice(city: City) -> int:
+    """Most rows of one job of the map, so that a worker stays within its memory.
+
+    Raises:
+        ConfigError: Not even the smallest job fits, or a block of tiles does not.
+    """
+    spec, px = points_of(city), city.grid.tile_px
+    arrays, limit = arrays_of(spec), worker_memory(city)
+    row = 12 + sum(4 if n.endswith("count") else 8 for n in arrays)
+    # A row of the map: as collected and as partitioned, and its place in the sums; with vehicles also as read and sorted.
+    a_row = 42 + row + (170 if needs_vehicles(spec) else 0)
+    # The reduce: the rows of a tile, a row group of every open shard, and four dense tiles.
+    reduce = (TILE_ROWS + OPEN_SHARDS * ROW_GROUP) * row + 24 * px**2
+    need = BASE_BYTES + max(DUCKDB_BYTES // 2 + LEAST_ROWS_PER_SLICE * a_row, reduce)
+    if need > limit:
+        raise ConfigError(
+            "cluster.memory_gib", round(limit / GIB, 2), f"is less than the {need / GIB:.2f} GiB that a worker needs",
+            "raise it, use fewer workers or smaller tiles",
+        )  # fmt: skip
+    return min(ROWS_PER_SLICE, (limit - BASE_BYTES - DUCKDB_BYTES // 2) // a_row)
+
+
+def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[str]:
+    """Labels of a plan's new files that hold any time in [since, until); a file is taken whole.
+
+    Args:
+        city: The city; its points name a time column.
+        plan: What is new.
+        since: With a zone, or UTC.
+        until: Likewise.
+
+    Raises:
+        ConfigError: The city's points have no time, or the range is empty.
+    """
+    spec = points_of(city)
+    if spec.columns.time is None:
+        raise ConfigError("points.columns.time", None, "is missing", "name the time column to choose files by time")
+    low, high = (int(t.replace(tzinfo=t.tzinfo or UTC).timestamp() * 1e6) for t in (since, until))
+    if low >= high:
+        raise ConfigError("--to", until.isoformat(), f"is not after --from {since.isoformat()}", "exchange them")
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = materialise(plan.sources, Path(scratch) / "unpacked")
+        spans = [time_span(spec, path, Path(scratch) / "spill") for path in paths]
+    return [f.label for f, s in zip(plan.sources, spans, strict=True) if s and s[0] < high and s[1] >= low]
+
+
+def cut_parts(plan: IngestPlan, folder: Path) -> list[Part]:
+    """The dump in parts of at most about `rows_per_slice` rows: small files together, large Parquet files in pieces."""
+    parts: list[Part] = []
+    for parquet in (True, False):
+        files = [f for f, s in zip(plan.files, plan.sources, strict=True) if s.is_parquet == parquet]
+        sources = [s for s in plan.sources if s.is_parquet == parquet]
+        paths = materialise(sources, folder / "unpacked")
+        together: list[str] = []
+        held = 0
+        for path, rows in zip(paths, (f["rows"] for f in files), strict=True):
+            if parquet and rows > plan.rows_per_slice:
+                pieces = -(-rows // plan.rows_per_slice)
+                cuts = [rows * k // pieces for k in range(pieces + 1)]
+                parts += [Part((path,), rows=pair) for pair in itertools.pairwise(cuts)]
+                continue
+            if together and held + rows > plan.rows_per_slice:
+                parts.append(Part(tuple(together)))
+                together, held = [], 0
+            together.append(path)
+            held += rows
+        if together:
+            parts.append(Part(tuple(together)))
+    return parts
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an ingest will make, from a sample of its rows.
+
+    Attributes:
+        sampled: Rows looked at.
+        kept: Share of them that fall on the grid and pass the row-local rules.
+        tiles: Tiles that hold any of them; more rows may touch more.
+        periods: Periods between the earliest and the latest of them.
+        points_per_chunk: Kept rows of the whole dump by tile and period.
+        chunks: Chunks to be written: periods and total, every array.
+        seconds: Expected time, from the speed of this city's latest ingest, or else of the sample.
+    """
+
+    sampled: int
+    kept: float
+    tiles: int
+    periods: int
+    points_per_chunk: float
+    chunks: int
+    seconds: float
+
+
+def forecast(city: City, plan: IngestPlan) -> Forecast:
+    """Look at the first rows of some of a plan's files; writes nothing.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    spec, grid = points_of(city), city.make_grid()
+    chosen = [plan.sources[k] for k in sorted(set(np.linspace(0, len(plan.files) - 1, SAMPLED_FILES).astype(int).tolist()))]
+    collector = Collector(spec, grid, SAMPLED_ROWS * len(chosen))
+    projection, began, sampled = fit_projection(grid, spec.crs), time.perf_counter(), 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in materialise(chosen, Path(scratch) / "unpacked"):
+            rows = shift_datum(read_rows(spec, Part((path,)), Path(scratch) / "spill", SAMPLED_ROWS), spec.datum)
+            sampled += len(rows.x)
+            placed = judge_rows(rows, spec.clean, grid, projection)
+            collector.add(rows, placed, np.full(len(rows.x), np.nan))
+    kept, sums = collector.held, collector.sums()
+    seconds = plan.rows * (time.perf_counter() - began) / max(1, sampled) / count_workers(city.cluster)
+    latest = next(reversed(ledger(city).values()), None)
+    if latest:
+        seconds = plan.rows * latest["seconds"] / max(1, latest["rows"])
+    tiles = len(np.unique(sums.tile))
+    periods = int(sums.period.max() - sums.period.min()) + 1 if kept else 0
+    share = kept / max(1, sampled)
+    return Forecast(sampled, share, tiles, periods, plan.rows * share / max(1, tiles * periods),
+                    tiles * (periods + 1) * len(arrays_of(spec)), seconds)  # fmt: skip
+
+
+def points_of(city: City) -> PointsSpec:
+    if city.points is None:
+        raise ConfigError("points", None, "is missing", "add a points section to ingest trajectories")
+    return city.points
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A published state of the cube.
+
+    Attributes:
+        id: Its name, as `changed_tiles` takes it.
+        made: When, UTC.
+        message: What it brought.
+    """
+
+    id: str
+    made: datetime
+    message: str
+
+
+def snapshots(city: City, limit: int = 10) -> list[Snapshot]:
+    """The newest states of the cube, newest first; none before the first ingest."""
+    try:
+        history = open_repository(cubes_path(city)).ancestry(branch=MAIN)
+    except StoreError:
+        return []
+    told = (Snapshot(s.id, s.written_at, s.message) for s in history if s.message.startswith("dump "))
+    return list(itertools.islice(told, limit))
