@@ -285,21 +285,22 @@ def expire(
 
 @app.command()
 def models(as_json: AsJson = False) -> None:
-    """Networks by name, with their inputs and sizes."""
-    from roadfuse_core.models import PRESETS, build_network
+    """Networks by name: paper, inputs, size, and operations for a window of 512²."""
+    from roadfuse_core.models import PRESETS, describe
 
     rows: list[dict[str, Any]] = [
-        {"preset": name, "modalities": config.modalities, "fusion": config.fusion, "width": config.width,
-         "parameters": sum(p.numel() for p in build_network(config).parameters())}
-        for name, config in PRESETS.items()
+        {"preset": name, "paper": p.paper, "modalities": p.config.modalities, "width": p.config.width}
+        | asdict(describe(p.config))
+        for name, p in PRESETS.items()
     ]  # fmt: skip
     if as_json:
         _print_json(rows)
         return
-    table = Table("preset", "modalities", "fusion", "width", "parameters", box=None)
+    table = Table("preset", "paper", "modalities", "width", "parameters", "GFLOPs", "window multiple", box=None)
     for r in rows:
         inputs = " + ".join(f"{k} ({v})" for k, v in r["modalities"].items())
-        table.add_row(r["preset"], inputs, r["fusion"], f"{r['width']:g}", f"{r['parameters']:,}")
+        sizes = f"{r['parameters']:,}", f"{r['gflops']:.1f}", str(r["window_multiple"])
+        table.add_row(r["preset"], r["paper"], inputs, f"{r['width']:g}", *sizes)
     console.print(table)
 
 

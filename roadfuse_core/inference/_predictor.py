@@ -127,7 +127,7 @@ class NetworkPredictor:
             for name in self.network.config.modalities
         }
         with _one_thread(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.network(tensors)
+            logits = self.network(tensors).logits
         return np.asarray(logits.float().sigmoid()[:, 0].cpu().numpy())
 
 

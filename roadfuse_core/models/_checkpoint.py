@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.models._config import NetworkConfig
-from roadfuse_core.models._dlinknet import DLinkNet34, build_network
+from roadfuse_core.models._network import Network, build_network
 
 __all__ = ["CheckpointInfo", "load_checkpoint", "read_checkpoint_info", "save_checkpoint"]
 
@@ -36,7 +36,7 @@ class CheckpointInfo(BaseModel):
     recipe: dict[str, object]
 
 
-def save_checkpoint(path: Path, network: DLinkNet34, info: CheckpointInfo, half: bool = True) -> None:
+def save_checkpoint(path: Path, network: Network, info: CheckpointInfo, half: bool = True) -> None:
     """Write weights and configuration to one file.
 
     Args:
@@ -70,7 +70,7 @@ def read_checkpoint_info(path: Path) -> CheckpointInfo:
         ) from error  # fmt: skip
 
 
-def load_checkpoint(path: Path) -> tuple[DLinkNet34, CheckpointInfo]:
+def load_checkpoint(path: Path) -> tuple[Network, CheckpointInfo]:
     """The network of a checkpoint, float32, in eval mode, on the CPU.
 
     Raises:

@@ -23,7 +23,7 @@ from roadfuse_core.settings import PointsSpec
 
 __all__ = ["ROW_GROUP", "Shuffle", "Slice", "SliceReport", "map_slice", "needs_vehicles", "read_report", "shuffle_slice"]
 
-ROW_GROUP = 1 << 15
+ROW_GROUP = 1 << 14
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from roadfuse_core.cubes import Layer
-from roadfuse_core.models import DLinkNet34, NetworkConfig, build_network, preset
+from roadfuse_core.models import Network, NetworkConfig, build_network, preset
 from roadfuse_core.training._samples import TrainingCity, draw_city, draw_knobs, window_batch
 
 __all__ = ["CompactRecipe", "bce_dice", "train_compact"]
@@ -78,7 +78,7 @@ class _Windows(IterableDataset[tuple[dict[str, NDArray[np.float32]], NDArray[np.
             yield window_batch(self.cities, list(r.layers), r.window_px, r.batch, rng)
 
 
-def train_compact(recipe: CompactRecipe, tell: Callable[[str], None], workers: int = 2) -> DLinkNet34:
+def train_compact(recipe: CompactRecipe, tell: Callable[[str], None], workers: int = 2) -> Network:
     """Train from scratch.
 
     Every window is drawn from the recipe's seed and the step's number alone.
@@ -104,7 +104,7 @@ def train_compact(recipe: CompactRecipe, tell: Callable[[str], None], workers: i
     began, running = time.perf_counter(), 0.0
     for step, (inputs, labels) in enumerate(loader, start=1):
         with torch.autocast("cpu", torch.bfloat16):
-            logits = network(inputs)
+            logits = network(inputs).logits
         loss = bce_dice(logits.float(), labels)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
