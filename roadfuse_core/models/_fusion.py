@@ -36,7 +36,7 @@ class Message(nn.Module):
         self.levels = config.pyramid_levels
         self.summary = nn.Linear(cells * channels, channels) if "global" in self.kinds else None
         gates = config.message_gates
-        self.gates = nn.ModuleDict({k: nn.Conv2d(channels * len(self.kinds), channels, 1) for k in self.kinds if gates})
+        self.gates = nn.ModuleDict({f"of_{k}": nn.Conv2d(channels * len(self.kinds), channels, 1) for k in self.kinds if gates})
 
     def forward(self, x: Tensor) -> Tensor:
         """The gated sum of what is sent."""
@@ -46,7 +46,7 @@ class Message(nn.Module):
             cells = torch.cat([F.adaptive_max_pool2d(local, 2**n).flatten(1) for n in range(self.levels)], 1)
             parts["global"] = F.relu(self.summary(cells))[..., None, None].expand_as(local)
         both = torch.cat([parts[k] for k in self.kinds], 1)
-        sent = [torch.sigmoid(self.gates[k](both)) * parts[k] if self.gates else parts[k] for k in self.kinds]
+        sent = [torch.sigmoid(self.gates[f"of_{k}"](both)) * parts[k] if self.gates else parts[k] for k in self.kinds]
         return torch.stack(sent).sum(0)
 
 

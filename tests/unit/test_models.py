@@ -155,6 +155,7 @@ class TestEveryPresetAtLength:
             assert torch.allclose(exported(x).logits, network(x).logits, atol=1e-4)
 
     def test_compile(self, name):
+        torch._dynamo.reset()
         network = settled(name)
         x = inputs(network.config, 1, 64, 96)
         with torch.inference_mode():

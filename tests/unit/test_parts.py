@@ -103,7 +103,7 @@ def plain_message(x, part, config):
         told = (part.summary.weight @ cells + part.summary.bias).clamp(min=0)
         both = torch.cat([local[sample], told[:, None, None].expand(c, h, w)])
         for kind, message in (("local", local[sample]), ("global", told[:, None, None].expand(c, h, w))):
-            gate = part.gates[kind]
+            gate = part.gates[f"of_{kind}"]
             weight = torch.einsum("oc,chw->ohw", gate.weight[:, :, 0, 0], both) + gate.bias[:, None, None]
             sent[sample] += message / (1 + (-weight).exp())
     return sent
