@@ -16,7 +16,7 @@ from distributed.system import MEMORY_LIMIT
 
 from roadfuse_core.cluster import count_workers
 from roadfuse_core.cubes._reduce import OPEN_SHARDS, TILE_ROWS
-from roadfuse_core.cubes._repository import MAIN, open_repository, read_group
+from roadfuse_core.cubes._repository import FORMAT, MAIN, open_repository, read_group
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.points import (
@@ -102,6 +102,8 @@ def ledger(city: City) -> dict[str, LedgerEntry]:
         root = read_group(open_repository(cubes_path(city)))
     except StoreError:
         return {}
+    if root.attrs.get("format") != FORMAT:
+        raise StoreError(f"{cubes_path(city)}: was made by an earlier version; ingest anew in another workspace")
     return dict(sorted(root["ledger"].attrs["dumps"].items(), key=lambda item: item[1]["committed"]))
 
 

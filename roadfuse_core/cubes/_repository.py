@@ -20,9 +20,11 @@ from roadfuse_core.cubes._render import FIXED_POINT
 from roadfuse_core.errors import StoreError
 from roadfuse_core.grid import Grid
 
-__all__ = ["committer_lock", "create_arrays", "grid_attributes", "open_repository", "publish", "read_group"]
+__all__ = ["FORMAT", "committer_lock", "create_arrays", "grid_attributes", "open_repository", "publish", "read_group"]
 
 MAIN = "main"
+# Of the cube and its ledger; raised when either changes.
+FORMAT = 2
 EMPTY = "nothing was published yet; run `roadfuse ingest` or `roadfuse refresh` first"
 CODECS = (ZstdCodec(level=1),)
 # Icechunk warns that commits to a local disk must not run at the same time: `committer_lock` sees to that.
@@ -111,7 +113,7 @@ def grid_attributes(grid: Grid) -> dict[str, Any]:
 
 def create_arrays(root: zarr.Group, grid: Grid, names: tuple[str, ...], period: str) -> None:
     """Empty `period/NAME` (period, y, x) and `total/NAME` (y, x), one chunk a tile; empty chunks take no space."""
-    root.attrs.update(grid_attributes(grid) | {"period": period, "arrays": list(names)})
+    root.attrs.update(grid_attributes(grid) | {"period": period, "arrays": list(names), "format": FORMAT})
     height, width = grid.shape
     for folder in ("period", "total"):
         group = root.require_group(folder)

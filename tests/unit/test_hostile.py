@@ -208,6 +208,17 @@ def test_too_many_rejected_rows_stop_a_dump(city):
     assert ingest(city, ["half.parquet"])["rejected"] == {"time": 2}
 
 
+def test_a_cube_of_an_earlier_version_is_refused(city):
+    import zarr
+
+    ingest(city)
+    session = open_repository(cubes_path(city)).writable_session("main")
+    zarr.open_group(session.store).attrs["format"] = 1
+    session.commit("older")
+    with pytest.raises(StoreError, match="earlier version; ingest anew"):
+        ingest(city, [write(city.root / "x.parquet", 9).name])
+
+
 def age(city: City) -> datetime:
     return datetime.now(UTC) + timedelta(seconds=1)
 
