@@ -151,6 +151,8 @@ def _check_model(city: City) -> list[str]:
                 )
     elif not predictor.uses_image:
         raise ConfigError("model.weights", city.model.weights, "needs trajectories", "add points or use other weights")
+    if not predictor.layers and city.imagery is None:
+        raise ConfigError("model.weights", city.model.weights, "needs imagery", "add imagery or use other weights")
     return [
         f"model: {ref.path.name}, {len(FIXED_POINT.keys() & {a for la in predictor.layers for a in la.arrays})} cube arrays"
     ]

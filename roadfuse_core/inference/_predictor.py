@@ -37,7 +37,8 @@ class Predictor(Protocol):
         """Probabilities in [0, 1].
 
         Args:
-            inputs: "image" (N, 3, H, W), normalised, zeros where unknown; "gps" (N, layers, H, W).
+            inputs: "image" (N, 3, H, W), normalised, zeros where unknown; "gps" (N, layers, H, W). A city without
+                imagery or without points leaves one out, and the network knows it as missing.
 
         Returns:
             (N, H, W) float32.
@@ -109,12 +110,11 @@ def _one_thread() -> Iterator[None]:
 class NetworkPredictor:
     """A checkpoint's network on the worker's device: bfloat16 on GPUs, float32 on one thread on CPUs."""
 
-    uses_image = True
-
     def __init__(self, path: Path) -> None:
         network, info = load_checkpoint(path)
         self.name = path.stem
         self.layers = tuple(Layer.model_validate(layer) for layer in info.layers)
+        self.uses_image = "image" in info.network.modalities
         self.window_px = info.window_px
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -125,6 +125,7 @@ class NetworkPredictor:
         tensors = {
             name: torch.from_numpy(inputs[name]).to(self.device, memory_format=torch.channels_last)
             for name in self.network.config.modalities
+            if name in inputs
         }
         with _one_thread(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = self.network(tensors).logits

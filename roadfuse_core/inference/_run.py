@@ -138,6 +138,8 @@ def infer(
 def _require_fit(city: City, predictor: Predictor, evidence: Evidence) -> None:
     if not predictor.uses_image and evidence.cubes is None:
         raise ConfigError("model.weights", city.model.weights, "needs trajectories, and the city has none", "add points")
+    if not predictor.layers and not evidence.images:
+        raise ConfigError("model.weights", city.model.weights, "needs imagery, and the city has none", "add imagery")
     if evidence.cubes:
         CubeReader(Path(evidence.cubes), evidence.snapshot).require(predictor.layers)
 
@@ -290,18 +292,19 @@ def _read_region(
     """Every input over a rectangle, and where there is any evidence."""
     cube, images = _readers(evidence)
     row, col, height, width = region.row0, region.col0, region.row1 - region.row0, region.col1 - region.col0
-    gps = np.zeros((len(predictor.layers), height, width), np.float32)
-    rgb, valid = np.zeros((3, height, width), np.float32), np.zeros((height, width), bool)
+    inputs: dict[str, NDArray[np.float32]] = {}
     evident = np.zeros((height, width), bool)
     if cube:
         halo = halo_px(predictor.layers)
         sums = cube.sums(predictor.layers, row - halo, col - halo, height + 2 * halo, width + 2 * halo)
-        gps = render(sums, predictor.layers, halo)
+        if predictor.layers:
+            inputs["gps"] = render(sums, predictor.layers, halo)
         evident |= sums["count"][halo : halo + height, halo : halo + width] > 0
     if images and predictor.uses_image:
         rgb, valid = images.window(row, col, height, width)
+        inputs["image"] = normalise_image(rgb, valid)
         evident |= valid
-    return {"image": normalise_image(rgb, valid), "gps": gps}, evident
+    return inputs, evident
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import rasterio
+import torch
 from pyproj import Transformer
 
 from roadfuse_core import inference
@@ -13,6 +14,7 @@ from roadfuse_core.grid import Lattice, blocks_of
 from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.inference import MapReader, infer, load_predictor, normalise_image, resolve_weights
 from roadfuse_core.inference import _run as run
+from roadfuse_core.models import CheckpointInfo, build_network, preset, save_checkpoint
 from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE, write_cog
 from roadfuse_core.settings import ClusterSpec
 
@@ -164,6 +166,23 @@ def test_image_alone_and_points_alone_make_maps(ingested):
     infer(ingested.model_copy(update={"points": None}), group="image")
     infer(ingested.model_copy(update={"imagery": None}), group="points")
     assert not np.array_equal(mosaic(ingested, "image"), mosaic(ingested, "points"))
+
+
+@pytest.mark.parametrize("name", ["d-linknet34-gps", "d-linknet34-image", "roadfuse", "deepdualmapper", "e-road-18"])
+def test_any_preset_runs_a_city_with_what_it_has(ingested, tmp_path, name):
+    """Fresh weights: the map is nonsense, but it is made from the modalities that city and network share."""
+    torch.manual_seed(0)
+    network = build_network(preset(name).model_copy(update={"width": 0.125})).eval()
+    layers = [{"kind": "log_count", "cap": 20}] if "gps" in network.config.modalities else []
+    info = CheckpointInfo(network=network.config, layers=layers, resolution_m=1, window_px=64, recipe={})
+    save_checkpoint(tmp_path / "w.safetensors", network, info)
+    for gone, modality in (("points", "gps"), ("imagery", "image")):
+        city = ingested.model_copy(update={gone: None})
+        if set(network.config.modalities) == {modality}:
+            with pytest.raises(ConfigError, match=r"needs (trajectories|imagery)"):
+                infer(city, str(tmp_path / "w.safetensors"), group=f"no-{gone}")
+        else:
+            assert infer(city, str(tmp_path / "w.safetensors"), group=f"no-{gone}")["windows"] > 0
 
 
 def test_kernel_density_is_a_threshold_on_smoothed_counts(ingested):
