@@ -26,6 +26,7 @@ from roadfuse_core.points import (
     materialise,
     read_rows,
     shift_datum,
+    single_precision_step,
 )
 from roadfuse_core.settings import City, InvalidCityError, MapSpec
 
@@ -78,6 +79,8 @@ def _check_points(city: City) -> list[str]:
         raise ConfigError("points.sources", list(city.points.sources), "hold no rows", "point at files with data")
     found = [f"points: {len(files)} files" + (f", {rows:,} rows in Parquet" if rows else "")]
     found += [f"points: {f.label} is empty" for f in empty[:5]]
+    if (step := single_precision_step(city, files)) > 0.5:
+        found.append(f"points: positions are stored in 32 bits and step by {step:.1f} px here; store them in 64 bits")
     return found + _check_sample(city, grid, next(f for f in files if f not in empty))
 
 

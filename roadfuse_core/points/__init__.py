@@ -13,7 +13,15 @@ from roadfuse_core.points._shard import (
     read_report,
     shuffle_slice,
 )
-from roadfuse_core.points._sources import SourceFile, check_columns, empty_files, find_sources, identify, materialise
+from roadfuse_core.points._sources import (
+    SourceFile,
+    check_columns,
+    empty_files,
+    find_sources,
+    identify,
+    materialise,
+    single_precision_step,
+)
 from roadfuse_core.points._sums import Collector, PixelSums, arrays_of, period_of
 from roadfuse_core.points._units import SpeedBreak, SpeedRatios, find_speed_break
 
@@ -51,6 +59,7 @@ __all__ = [
     "read_rows",
     "shift_datum",
     "shuffle_slice",
+    "single_precision_step",
     "time_span",
     "to_wgs84",
 ]

@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from blake3 import blake3
+from pyproj import CRS
 
 from roadfuse_core.errors import ConfigError, DataError
+from roadfuse_core.grid import fit_projection
 from roadfuse_core.settings import City, PointsSpec
 
-__all__ = ["SourceFile", "check_columns", "empty_files", "find_sources", "identify", "materialise"]
+__all__ = ["SourceFile", "check_columns", "empty_files", "find_sources", "identify", "materialise", "single_precision_step"]
 
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".txt", ".tsv", ".gz")
+METRES_PER_DEGREE = 111_195.0
 LITTER = ("__MACOSX/*", "*/.*", ".*")
 
 
@@ -289,6 +293,21 @@ def _check_parquet(city: City, file: SourceFile, opener: _Opener) -> int:
         if key != "vehicle" and not (numeric or text or time):
             raise ConfigError(f"points.columns.{key}", column, f"has type {kind} in {file.path}", "name a column of numbers")
     return int(footer.num_rows)
+
+
+def single_precision_step(city: City, files: list[SourceFile]) -> float:
+    """Pixels between neighbouring positions that 32 bits can hold, where a Parquet file stores such; 0 where none does."""
+    spec, grid = _points(city), city.make_grid()
+    box = fit_projection(grid, spec.crs).box
+    metres = METRES_PER_DEGREE if CRS.from_user_input(spec.crs).is_geographic else 1.0
+    step = float(np.spacing(np.float32(max(abs(v) for v in box)))) * metres / grid.resolution_m
+    with _Opener() as opener:
+        for file in (f for f in files if f.is_parquet):
+            with opener.open(file) as stream:
+                schema = pq.read_schema(stream)
+            if any(pa.types.is_float32(schema.field(name).type) for name in (spec.columns.lon, spec.columns.lat)):
+                return step
+    return 0.0
 
 
 def _check_text(city: City, file: SourceFile, opener: _Opener) -> None:

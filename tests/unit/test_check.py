@@ -169,3 +169,18 @@ def test_missing_and_malformed_files(tmp_path):
     (tmp_path / "b.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="is not a mapping"):
         load_city(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(("west", "resolution_m", "warned"), [(13.0, 1.0, False), (116.3, 0.5, True)])
+def test_positions_in_single_precision_are_told_when_they_step_over_pixels(tmp_path, west, resolution_m, warned):
+    rng = np.random.default_rng(0)
+    lon, lat = (pa.array((v + 0.01 * rng.random(500)).astype(np.float32)) for v in (west, 40.0))
+    pq.write_table(pa.table({"lon": lon, "lat": lat}), tmp_path / "p.parquet")
+    spec = {
+        "name": "c", "workspace": "w", "model": {"weights": "kde"},
+        "grid": {"bounds": [west, 40.0, west + 0.01, 40.01], "resolution_m": resolution_m, "tile_px": 256},
+        "points": {"sources": ["p.parquet"], "columns": {"lon": "lon", "lat": "lat"}, "period": "all"},
+    }  # fmt: skip
+    (tmp_path / "city.yaml").write_text(yaml.safe_dump(spec))
+    told = [line for line in check_city(load_city(tmp_path / "city.yaml")) if "32 bits" in line]
+    assert bool(told) == warned
