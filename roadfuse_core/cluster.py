@@ -91,7 +91,7 @@ def _local_cluster(spec: ClusterSpec, gpus: int) -> Any:
     workers = spec.workers or os.cpu_count() or 1
     return LocalCluster(
         n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
-        dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR,
+        dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
     )  # fmt: skip
 
 

@@ -55,7 +55,9 @@ __all__ = [
 ]
 
 LedgerEntry = dict[str, Any]
-ROWS_PER_SLICE = 6_000_000
+ROWS_PER_SLICE = 12_000_000
+# Jobs for each worker, so that none waits long for the last; fewer rows than the least are not worth a job.
+JOBS_PER_WORKER = 4
 LEAST_ROWS_PER_SLICE = 250_000
 BYTES_PER_TEXT_ROW = 30
 # Resident bytes of a worker before it does anything, with all libraries loaded; measured, with room.
@@ -138,13 +140,13 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
             raise DataError(f"points.sources: {f['label']} was ingested with other content; give the new content a new name")
         else:
             new.append(f | {"rows": rows if rows is not None else int(str(f["size"])) // BYTES_PER_TEXT_ROW})
-    per_slice = rows_per_slice(city)
+    rows = sum(f["rows"] for f in new)
+    per_slice = rows_per_slice(city, rows)
     if not new:
         return IngestPlan("", [], known, 0, 0, per_slice)
     # In the order of their content, so that a run after a crash makes the same slices, whatever the files are called.
     new.sort(key=lambda f: (f["hash"], f["label"]))
     dump = hashlib.blake2b("".join(f["hash"] for f in new).encode(), digest_size=6).hexdigest()
-    rows = sum(f["rows"] for f in new)
     return IngestPlan(dump, new, known, rows, max(1, -(-rows // per_slice)), per_slice)
 
 
@@ -155,8 +157,12 @@ def worker_memory(city: City) -> int:
     return int(min(2 * GIB, MEMORY_LIMIT / count_workers(city.cluster)))
 
 
-def rows_per_slice(city: City) -> int:
-    """Most rows of one job of the map, so that a worker stays within its memory.
+def rows_per_slice(city: City, rows: int) -> int:
+    """Most rows of one job of the map, so that a worker stays within its memory and every worker has some.
+
+    Args:
+        city: The city.
+        rows: Of the whole dump.
 
     Raises:
         ConfigError: Not even the smallest job fits, or a block of tiles does not.
@@ -174,7 +180,8 @@ def rows_per_slice(city: City) -> int:
             "cluster.memory_gib", round(limit / GIB, 2), f"is less than the {need / GIB:.2f} GiB that a worker needs",
             "raise it, use fewer workers or smaller tiles",
         )  # fmt: skip
-    return min(ROWS_PER_SLICE, (limit - BASE_BYTES - DUCKDB_BYTES // 2) // a_row)
+    fair = max(LEAST_ROWS_PER_SLICE, rows // (JOBS_PER_WORKER * count_workers(city.cluster)))
+    return min(ROWS_PER_SLICE, fair, (limit - BASE_BYTES - DUCKDB_BYTES // 2) // a_row)
 
 
 def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[str]:
