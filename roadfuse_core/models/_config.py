@@ -109,6 +109,8 @@ _UNET = {"encoder": "unet", "context": "none", "decoder": "unet"}
 _RES_UNET = {"encoder": "res-unet", "context": "none", "decoder": "res-unet"}
 _SEGNET = {"encoder": "vgg16", "context": "none", "decoder": "segnet"}
 _LINKNET = {"context": "none"}
+_ROADTRACER = {"encoder": "resnet18", "context": "none", "decoder": "roadtracer", "modalities": _IMAGE}
+_TERNAUS = {"modalities": _IMAGE, "encoder": "wideresnet38", "context": "none", "decoder": "ternausnet"}
 _ASPP = {"context": "aspp", "last_stride": 1}
 
 PRESETS: dict[str, Preset] = {
@@ -140,9 +142,12 @@ PRESETS: dict[str, Preset] = {
         (_DDM, "deepdualmapper-d-linknet34", {"fusion": "gated"}),
         (_DDM, "unet-image", _UNET | {"modalities": _IMAGE}),
         (_DDM, "deconvnet", _SEGNET | {"decoder": "deconv", "modalities": _IMAGE}),
+        (_DDM, "deconvnet-1d", _SEGNET | {"decoder": "deconv", "modalities": _IMAGE, "up": "1d"}),
         (_DDM, "segnet", _SEGNET | {"modalities": _IMAGE}),
         (_DDM, "deeproadmapper", {"context": "none", "decoder": "deeproadmapper", "modalities": _IMAGE}),
-        (_DDM, "roadtracer", {"encoder": "resnet18", "context": "none", "decoder": "roadtracer", "modalities": _IMAGE}),
+        (_DDM, "roadtracer", _ROADTRACER),
+        (_DDM, "deeproadmapper-1d", _LINKNET | {"decoder": "deeproadmapper", "modalities": _IMAGE, "up": "1d"}),
+        (_DDM, "roadtracer-1d", _ROADTRACER | {"up": "1d"}),
         (_DDM, "fcn8", _SEGNET | {"decoder": "fcn8"}),
         (_DDM, "l3fsn", _SEGNET | {"decoder": "fcn8", "fusion": "level3"}),
         (_DDM, "late-segnet", _SEGNET | {"fusion": "late"}),
@@ -152,8 +157,10 @@ PRESETS: dict[str, Preset] = {
         (_DDM, "triseg", _SEGNET | {"fusion": "triseg"}),
         (_PP, "pp-linknet34", {"modalities": _IMAGE, "context": "pyramid", "last_stride": 1}),
         (_PP, "pp-linknet34-paper", {"modalities": _IMAGE, "context": "pyramid-free"}),
+        (_PP, "pp-linknet34-1d", {"modalities": _IMAGE, "context": "pyramid", "last_stride": 1, "up": "1d"}),
         (_PP, "d-linknet34-image", {"modalities": _IMAGE}),
-        (_PP, "ternausnetv2", {"modalities": _IMAGE, "encoder": "wideresnet38", "context": "none", "decoder": "ternausnet"}),
+        (_PP, "ternausnetv2", _TERNAUS),
+        (_PP, "ternausnetv2-1d", _TERNAUS | {"up": "1d"}),
         (_PP, "pspnet", {"modalities": _IMAGE, "context": "pyramid", "last_stride": 1, "decoder": "pspnet"}),
         (_EROAD, "e-road-18", _ASPP | {"modalities": _IMAGE, "encoder": "resnet18", "decoder": "x4", "head": "pointrend"}),
         (_EROAD, "e-road-34", _ASPP | {"modalities": _IMAGE, "decoder": "x4", "head": "pointrend"}),

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from roadfuse_core.models._blocks import DoubleConv, LinkNetBlock, ResidualUnit, Up, conv_bn_relu, resize, upsampler
+from roadfuse_core.models._blocks import (
+    Directional,
+    DoubleConv,
+    LinkNetBlock,
+    ResidualUnit,
+    Up,
+    conv_bn_relu,
+    resize,
+    upsampler,
+)
 from roadfuse_core.models._encoder import Encoder
 
 __all__ = ["DECODERS", "Decoder", "LinkNetDecoder", "LinkNetHead", "UNetDecoder"]
@@ -18,7 +28,7 @@ Skips = Sequence[Tensor]
 Indices = Sequence[Tensor | None]
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Blocks one after the other; a fusion may look at, and change, what stands between them.
 
     Attributes:
@@ -31,6 +41,7 @@ class Decoder(nn.Module):
     scales: tuple[int, ...]
     head: nn.Module
 
+    @abstractmethod
     def block(self, number: int, x: Tensor, skips: Skips, indices: Indices) -> Tensor:
         """One block.
 
@@ -43,7 +54,6 @@ class Decoder(nn.Module):
         Returns:
             (N, widths[number], H / scales[number], W / scales[number]).
         """
-        raise NotImplementedError
 
     def forward(self, x: Tensor, skips: Skips, indices: Indices) -> Tensor:
         """All blocks and the head: (N, 1, H, W) logits."""
@@ -130,7 +140,7 @@ class UnpoolingDecoder(Decoder):
 
     DEPTHS = (3, 3, 3, 2, 2)
 
-    def __init__(self, encoder: Encoder, c_in: int, deconv: bool) -> None:
+    def __init__(self, encoder: Encoder, c_in: int, deconv: bool, how: Up) -> None:
         super().__init__()
         outputs = (*reversed(encoder.widths[:4]), encoder.widths[0])
         self.widths, self.scales = outputs, tuple(reversed(encoder.scales[:-1]))
@@ -142,7 +152,7 @@ class UnpoolingDecoder(Decoder):
         before = c_in
         for channels, depth in zip(outputs, self.DEPTHS, strict=True):
             steps = [before] * depth + [channels]
-            blocks.append(nn.Sequential(*(_mirror(a, b, deconv) for a, b in itertools.pairwise(steps))))
+            blocks.append(nn.Sequential(*(_mirror(a, b, deconv, how) for a, b in itertools.pairwise(steps))))
             before = channels
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Conv2d(outputs[-1], 1, 1 if deconv else 3, padding=0 if deconv else 1)
@@ -156,10 +166,14 @@ class UnpoolingDecoder(Decoder):
         return out
 
 
-def _mirror(c_in: int, c_out: int, deconv: bool) -> nn.Module:
+def _mirror(c_in: int, c_out: int, deconv: bool, how: Up) -> nn.Module:
+    """A layer of the decoder; DeconvNet's transposed 3×3 may be the 1D decoder's four directions."""
     if not deconv:
         return conv_bn_relu(c_in, c_out)
-    return nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+    quarter = c_out // 4
+    conv = nn.ConvTranspose2d(c_in, c_out, 3, 1, 1, bias=False)
+    layer = conv if how == "transposed" else Directional(c_in, (quarter, quarter, quarter, quarter))
+    return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
 def _unpool(x: Tensor, indices: Tensor) -> Tensor:
@@ -241,13 +255,13 @@ class RoadMapperDecoder(Decoder):
     RoadTracer's paper compares with a plainer one (Bastani et al. 2018): the same without skips.
     """
 
-    def __init__(self, encoder: Encoder, c_in: int, skips: bool) -> None:
+    def __init__(self, encoder: Encoder, c_in: int, skips: bool, how: Up) -> None:
         super().__init__()
         w, s = encoder.widths, encoder.scales
         self.widths, self.scales, self.skips = (w[2], w[1], w[0]), (s[2], s[1], s[0]), skips
         before = (c_in, *self.widths)
         self.ups = nn.ModuleList(
-            nn.Sequential(upsampler(a, b, "transposed", 4), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+            nn.Sequential(upsampler(a, b, how, 4), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
             for a, b in zip(before, self.widths, strict=False)
         )
         self.head = nn.ConvTranspose2d(w[0], 1, 8, 4, 2)
@@ -290,11 +304,11 @@ def build_decoder(kind: str, encoder: Encoder, c_in: int, how: Up, channels: int
     if kind in ("unet", "res-unet", "ternausnet"):
         return UNetDecoder(encoder, c_in, how, kind == "res-unet", kind == "ternausnet")
     if kind in ("segnet", "deconv"):
-        return UnpoolingDecoder(encoder, c_in, kind == "deconv")
+        return UnpoolingDecoder(encoder, c_in, kind == "deconv", how)
     if kind == "fcn8":
         return FcnDecoder(encoder, c_in, channels)
     if kind in ("deeplabv3+", "x4"):
         return QuarterDecoder(encoder, c_in, low_level if kind == "deeplabv3+" else 0)
     if kind == "pspnet":
         return CoarseDecoder(encoder, c_in)
-    return RoadMapperDecoder(encoder, c_in, kind == "deeproadmapper")
+    return RoadMapperDecoder(encoder, c_in, kind == "deeproadmapper", how)

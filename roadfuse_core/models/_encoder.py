@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ __all__ = [
 RESNET_DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Stages one after the other; what a stage returns goes to the next one and, as a skip, to the decoder.
 
     Attributes:
@@ -35,6 +36,7 @@ class Encoder(nn.Module):
     widths: tuple[int, ...]
     scales: tuple[int, ...]
 
+    @abstractmethod
     def stage(self, number: int, x: Tensor, stem: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """One stage.
 
@@ -46,7 +48,6 @@ class Encoder(nn.Module):
         Returns:
             Its features (N, widths[number], H, W), and the indices of its max-pooling where a decoder unpools by them.
         """
-        raise NotImplementedError
 
     def forward(self, x: Tensor, stem: Tensor | None = None) -> list[Tensor]:
         """The features of all stages."""

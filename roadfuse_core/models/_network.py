@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Prediction(NamedTuple):
     maps: dict[str, Tensor]
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A network of a configuration; subclasses say how modalities meet.
 
     Attributes:
@@ -60,6 +61,7 @@ class Network(nn.Module):
         self.names = list(config.modalities)
         self.auxiliary_weights: dict[str, float] = {}
 
+    @abstractmethod
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """The network proper.
 
@@ -67,7 +69,6 @@ class Network(nn.Module):
             x: All modalities, padded, zeros where one is absent.
             present: (N, 1, 1, 1) of each, 1 or 0.
         """
-        raise NotImplementedError
 
     def forward(self, inputs: Tensors, present: Tensors | None = None) -> Prediction:
         """Predict a batch.

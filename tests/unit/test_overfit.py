@@ -18,7 +18,18 @@ from roadfuse_core.training import draw_city, draw_knobs, window_batch
 
 WIDTH, PX, STEPS = 0.125, 128, 600
 # Logits at 1/4 or coarser, resized bilinearly, cannot follow an edge; PointRend's points learn it only by sampling.
-COARSE = {"deeplabv3plus", "pspnet", "deeproadmapper", "roadtracer", "fcn8", "l3fsn", "e-road-18", "e-road-34"}
+COARSE = {
+    "deeplabv3plus",
+    "pspnet",
+    "deeproadmapper",
+    "roadtracer",
+    "deeproadmapper-1d",
+    "roadtracer-1d",
+    "fcn8",
+    "l3fsn",
+    "e-road-18",
+    "e-road-34",
+}
 
 
 @cache
