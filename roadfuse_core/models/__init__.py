@@ -1,10 +1,11 @@
 """Networks in PyTorch; no thresholds and no normalisation here, and no files but checkpoints."""
 
+from roadfuse_core.models._base import Network, Prediction
 from roadfuse_core.models._checkpoint import CheckpointInfo, load_checkpoint, read_checkpoint_info, save_checkpoint
 from roadfuse_core.models._config import PRESETS, NetworkConfig, Preset, preset
 from roadfuse_core.models._describe import Description, describe
 from roadfuse_core.models._losses import LOSSES, deep_loss, road_distance
-from roadfuse_core.models._network import Network, Prediction, build_network
+from roadfuse_core.models._network import build_network
 from roadfuse_core.models._pretrained import load_resnet_weights
 
 __all__ = [

@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from roadfuse_core.errors import ConfigError
+from roadfuse_core.models._base import Network
 from roadfuse_core.models._config import NetworkConfig
-from roadfuse_core.models._network import Network, build_network
+from roadfuse_core.models._network import build_network
 
 __all__ = ["CheckpointInfo", "load_checkpoint", "read_checkpoint_info", "save_checkpoint"]
 

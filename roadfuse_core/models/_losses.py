@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from roadfuse_core.models._network import Network, Prediction
+from roadfuse_core.models._base import Network, Prediction
 from roadfuse_core.models._pointrend import sample_points
 
 __all__ = ["LOSSES", "bce", "bce_dice", "deep_loss", "dice", "distance_weighted_bce", "focal", "road_distance"]

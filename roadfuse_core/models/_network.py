@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from roadfuse_core.errors import ConfigError
+from roadfuse_core.models._base import Network, Prediction, Tensors, multiple_of
 from roadfuse_core.models._blocks import conv_bn_relu, initialise
 from roadfuse_core.models._branch import Branch, Encoded
 from roadfuse_core.models._config import NetworkConfig
@@ -25,85 +23,7 @@ from roadfuse_core.models._fusion import (
 )
 from roadfuse_core.models._pointrend import PointRend
 
-__all__ = ["Network", "Prediction", "build_network"]
-
-Tensors = Mapping[str, Tensor]
-
-
-class Prediction(NamedTuple):
-    """What a network says.
-
-    Attributes:
-        logits: (N, 1, H, W) of road.
-        auxiliary: Further logits for the loss, by name: (N, 1, h, w) at any scale, or (N, P) at points.
-        maps: For people and for losses, by name: gates (N, 1, h, w) from 0 to 1, and where points are.
-    """
-
-    logits: Tensor
-    auxiliary: dict[str, Tensor]
-    maps: dict[str, Tensor]
-
-
-class Network(nn.Module, ABC):
-    """A network of a configuration; subclasses say how modalities meet.
-
-    Attributes:
-        config: What it was built from.
-        window_multiple: Inputs are padded with zeros, to the right and below, to a multiple of this.
-        auxiliary_weights: Weight of each auxiliary logit in the loss; the logits have weight 1.
-    """
-
-    window_multiple: int
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.names = list(config.modalities)
-        self.auxiliary_weights: dict[str, float] = {}
-
-    @abstractmethod
-    def fuse(self, x: Tensors, present: Tensors) -> Prediction:
-        """The network proper.
-
-        Args:
-            x: All modalities, padded, zeros where one is absent.
-            present: (N, 1, 1, 1) of each, 1 or 0.
-        """
-
-    def forward(self, inputs: Tensors, present: Tensors | None = None) -> Prediction:
-        """Predict a batch.
-
-        Args:
-            inputs: Modalities (N, C, H, W) by name, any H and W; one that is left out is missing.
-            present: (N,) whether each sample has a modality; absent names are there for all samples.
-
-        Returns:
-            Logits of the input's size; auxiliary logits and maps at their own scales.
-        """
-        shown = next(iter(inputs.values()))
-        n, _, height, width = shown.shape
-        there, padded = {}, {}
-        for name, channels in self.config.modalities.items():
-            x = inputs.get(name)
-            flag = shown.new_full((n,), float(x is not None))
-            if x is not None and present is not None and name in present:
-                flag = present[name].to(shown.dtype)
-            there[name] = flag.reshape(n, 1, 1, 1)
-            x = shown.new_zeros(n, channels, height, width) if x is None else x * there[name]
-            padded[name] = _pad(x, self.window_multiple)
-        made = self.fuse(padded, there)
-        return Prediction(made.logits[..., :height, :width], made.auxiliary, made.maps)
-
-
-def _pad(x: Tensor, multiple: int) -> Tensor:
-    """Zeros to the right and below, up to the next multiple."""
-    height, width = x.shape[-2:]
-    right, below = -width % multiple, -height % multiple
-    return F.pad(x, (0, right, 0, below)) if right or below else x
-
-
-def _multiple(*branches: nn.Module) -> int:
-    return max(b.scale for b in branches if isinstance(b, Branch))
+__all__ = ["build_network"]
 
 
 class Single(Network):
@@ -117,7 +37,7 @@ class Single(Network):
         extra = self.names[1:] if stems else []
         width = config.channels(64)
         self.stems = nn.ModuleDict({n: nn.Conv2d(config.modalities[n], width, 7, 2, 3, bias=False) for n in extra})
-        self.window_multiple = _multiple(self.branch)
+        self.window_multiple = multiple_of(self.branch)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
@@ -160,7 +80,7 @@ class Late(Network):
         self.branches = nn.ModuleDict({n: Branch(config, c) for n, c in config.modalities.items()})
         width = self._one.decoder.widths[-1]
         self.correction = Correction(width, len(self.names)) if config.fusion == "residual-correction" else None
-        self.window_multiple = _multiple(*self.branches.values())
+        self.window_multiple = multiple_of(*self.branches.values())
 
     @property
     def _one(self) -> Branch:
@@ -195,7 +115,7 @@ class EncoderFused(Network):
             before = widths[k - 1] if k else 0
             mixes.append(conv_bn_relu(w * len(self.names) + before, w))
         self.mixes = nn.ModuleList(mixes)
-        self.window_multiple = _multiple(self.main)
+        self.window_multiple = multiple_of(self.main)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
@@ -242,7 +162,7 @@ class LevelThree(Network):
             _cut(branch, self.MEET)
         width = self.main.encoder.widths[self.MEET]
         self.mix = conv_bn_relu(width * len(self.names), width, 1)
-        self.window_multiple = _multiple(self.main)
+        self.window_multiple = multiple_of(self.main)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
@@ -272,7 +192,7 @@ class TriSeg(Network):
         super().__init__(config)
         self.branches = nn.ModuleDict({n: Branch(config, c) for n, c in config.modalities.items()})
         self.last = Branch(config, len(self.names))
-        self.window_multiple = _multiple(self.last)
+        self.window_multiple = multiple_of(self.last)
         self.auxiliary_weights = dict.fromkeys(self.names, 1.0)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
@@ -304,7 +224,7 @@ class Gated(Network):
         self.head = None if self.whole else one.decoder.head
         for branch in self.branches.values():
             branch.decoder.head = nn.Identity()  # type: ignore[union-attr]
-        self.window_multiple = _multiple(*self.branches.values())
+        self.window_multiple = multiple_of(*self.branches.values())
         names = [(*self.names, "fused", "refined")] * len(widths)
         self.auxiliary_weights = {f"{n}/{k + 1}": 1.0 if n == "refined" else 0.5 for k, of in enumerate(names) for n in of}
         del self.auxiliary_weights[f"refined/{len(widths)}"]  # those are the logits
@@ -347,7 +267,7 @@ class Enhanced(Network):
         self.logit = nn.Conv2d(head_in * len(self.names), 1, 3, padding=1)
         for branch in self.branches.values():
             _without_logit(branch)
-        self.window_multiple = _multiple(*self.branches.values())
+        self.window_multiple = multiple_of(*self.branches.values())
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
@@ -402,7 +322,7 @@ class LidarFirst(Network):
             {n: nn.Sequential(conv_bn_relu(config.modalities[n], 8), nn.Conv2d(8, out, 3, padding=1)) for n in others}
         )
         self.branch = Branch(config, c + 1 if self.adds else c + out * len(others))
-        self.window_multiple = _multiple(self.branch)
+        self.window_multiple = multiple_of(self.branch)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
@@ -423,7 +343,7 @@ class Forests(Network):
         super().__init__(config)
         self.forests = nn.ModuleDict({n: ForestScore(c) for n, c in config.modalities.items()})
         self.branch = Branch(config, len(self.names))
-        self.window_multiple = _multiple(self.branch)
+        self.window_multiple = multiple_of(self.branch)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
@@ -455,7 +375,7 @@ class RoadFuse(Network):
         self.decide = nn.ModuleList(nn.Conv2d(w * len(self.names), len(self.names), 1) for w in widths)
         self.side = nn.Conv2d(self.main.decoder.widths[2], 1, 1)
         self.auxiliary_weights = {"side": 0.4}
-        self.window_multiple = _multiple(self.main)
+        self.window_multiple = multiple_of(self.main)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
