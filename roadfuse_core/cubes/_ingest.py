@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
 import time
 from collections import Counter
@@ -50,7 +49,6 @@ from roadfuse_core.settings import City, PointsSpec
 
 __all__ = ["changed_tiles", "ingest", "leftover_shards", "remove_shards"]
 
-log = logging.getLogger(__name__)
 STAGING = "ingest"
 
 
