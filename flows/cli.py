@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from flows import training_commands
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
 from roadfuse_core.settings import City, load_city
 
@@ -25,6 +26,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(help="City road maps from aerial images and vehicle trajectories.", no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False)  # fmt: skip
+app.add_typer(training_commands.app)
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 200
@@ -205,17 +207,44 @@ def tune(
 
 @app.command()
 def evaluate(
-    city_file: CityFile,
+    city_files: Annotated[list[Path], typer.Argument(metavar="CITY.yaml …", help="The city file; several with --suite.")],
     group: Annotated[str, typer.Option(help="map or baseline")] = "map",
+    suite: Annotated[bool, typer.Option("--suite", help="Score networks under worse and worse evidence.")] = False,
+    weights: Annotated[list[str] | None, typer.Option(help="With --suite: networks, instead of the city's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --suite: folder for suite.csv and suite.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score the published map against the labels."""
+    """Score the published map against the labels, or networks on the test tiles under damaged evidence."""
     from roadfuse_core.metrics import score_city
     from tasks.progress import ConsoleProgress
 
+    cities = [load_city(path) for path in city_files]
+    if suite:
+        _evaluate_suite(cities, weights or [cities[0].model.weights], out, as_json)
+        return
+    if len(cities) > 1:
+        raise ConfigError("CITY.yaml", len(cities), "cities are for --suite alone", "score them one by one")
     with ConsoleProgress() as tell:
-        scored = score_city(load_city(city_file), group, tell)
+        scored = score_city(cities[0], group, tell)
     _print_json(scored) if as_json else _show_scores({group: scored})
+
+
+def _evaluate_suite(cities: list[City], weights: list[str], out: Path | None, as_json: bool) -> None:
+    from roadfuse_core.inference import resolve_weights
+    from roadfuse_core.training import run_suite
+    from tasks.progress import ConsoleProgress
+
+    folder = out or cities[0].workspace_path / "suite"
+    with ConsoleProgress() as tell:
+        found = run_suite(cities, [resolve_weights(w, Path.cwd()).path for w in weights], folder, tell)
+    if as_json:
+        _print_json(found.to_dict("records"))
+        return
+    table = Table("damage", "level", *dict.fromkeys(found.network), box=None)
+    for (family, level), rows in found.groupby(["family", "level"], sort=False):
+        table.add_row(str(family), f"{level:g}", *(f"{v:.3f}" for v in rows.groupby("network", sort=False).g_iou.mean()))
+    console.print(table)
+    console.print(f"curves  {folder / 'suite.html'}\nfigures {folder / 'suite.csv'}")
 
 
 @app.command()

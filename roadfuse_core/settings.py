@@ -26,7 +26,9 @@ __all__ = [
     "MapSpec",
     "ModelSpec",
     "PointsSpec",
+    "describe_errors",
     "load_city",
+    "read_yaml",
 ]
 
 
@@ -135,6 +137,9 @@ class MapSpec(_Spec):
     crs: str | None = Field(None, description="CRS, where the file does not say")
     width_m: float = Field(8.0, gt=0, le=100, description="width at which lines are drawn")
     width: str | None = Field(None, description="column with each line's width in metres, instead of `width_m`")
+    lane_m: float | None = Field(
+        None, gt=0, le=10, description="width of a lane: lines of OpenStreetMap are drawn by `lanes`, or by their class"
+    )
 
 
 class ModelSpec(_Spec):
@@ -193,6 +198,28 @@ class City(_Spec):
         return make_grid(Bounds(*g.bounds), g.resolution_m, g.tile_px, g.crs)
 
 
+def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: The file.
+        what: For messages.
+        example: Where there is one, for messages.
+
+    Raises:
+        ConfigError: The file is missing or is no mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(what, str(path), "does not exist", "give its path")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(what, str(path), f"is not YAML ({str(error).replace(chr(10), ' ')})", "correct it there") from error
+    if not isinstance(raw, dict) or "root" in raw:
+        raise ConfigError(what, str(path), "is not a mapping of keys", f"start from the example in {example}")
+    return raw
+
+
 def load_city(path: Path) -> City:
     """Read and validate a city file.
 
@@ -200,15 +227,7 @@ def load_city(path: Path) -> City:
         ConfigError: The file is missing or is not YAML.
         InvalidCityError: Keys are unknown, missing or wrong; one line each, with the key, the value and the fix.
     """
-    if not path.is_file():
-        raise ConfigError("city file", str(path), "does not exist", "give the path of a city.yaml")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = str(error).replace("\n", " ")
-        raise ConfigError("city file", str(path), f"is not YAML ({where})", "correct it there") from error
-    if not isinstance(raw, dict) or "root" in raw:
-        raise ConfigError("city file", str(path), "is not a mapping of city keys", "start from the example in README.md")
+    raw = read_yaml(path, "city file", "README.md")
     if isinstance(raw.get("labels"), dict):
         raw["labels"] = {k: {"path": v} if isinstance(v, str) else v for k, v in raw["labels"].items()}
     if isinstance(raw.get("existing_map"), str):
@@ -216,22 +235,31 @@ def load_city(path: Path) -> City:
     try:
         return City.model_validate(raw | {"root": path.resolve().parent})
     except ValidationError as error:
-        found = error.errors()
-        # A misspelt required key is one mistake, not an unknown key and a missing one.
-        misspelt = {(*e["loc"][:-1], _nearest(e["loc"])) for e in found if e["type"] == "extra_forbidden"}
-        lines = [_line(e) for e in found if e["type"] != "missing" or e["loc"] not in misspelt]
-        raise InvalidCityError("\n".join(lines)) from error
+        raise InvalidCityError("\n".join(describe_errors(error, City))) from error
 
 
-def _line(error: Any) -> str:
+def describe_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line for each mistake of a file: key, value and fix.
+
+    Args:
+        error: What pydantic found.
+        model: The record that the file should have been.
+    """
+    found = error.errors()
+    # A misspelt required key is one mistake, not an unknown key and a missing one.
+    misspelt = {(*e["loc"][:-1], _nearest(e["loc"], model)) for e in found if e["type"] == "extra_forbidden"}
+    return [_line(e, model) for e in found if e["type"] != "missing" or e["loc"] not in misspelt]
+
+
+def _line(error: Any, model: type[BaseModel]) -> str:
     """One wrong key as `key: value problem; fix`."""
     parts = [str(p) for p in error["loc"]]
-    key = ".".join(p for p in parts if p != "[key]") or "city file"
+    key = ".".join(p for p in parts if p != "[key]") or "file"
     kind, value = error["type"], error["input"]
     shown = repr(value) if not isinstance(value, dict) else "{" + ", ".join(map(str, value)) + "}"
     if kind == "extra_forbidden":
-        near = _nearest(error["loc"])
-        fix = f"did you mean {near}?" if near else f"known keys here: {', '.join(_keys_beside(parts))}"
+        near = _nearest(error["loc"], model)
+        fix = f"did you mean {near}?" if near else f"known keys here: {', '.join(_keys_beside(parts, model))}"
         return f"{key}: {shown} is an unknown key; {fix}"
     if kind == "missing":
         return f"{key}: is missing; add it"
@@ -241,14 +269,13 @@ def _line(error: Any) -> str:
     return f"{key}: {shown} is wrong; {message[0].lower()}{message[1:]}"
 
 
-def _nearest(loc: tuple[Any, ...]) -> str | None:
+def _nearest(loc: tuple[Any, ...], model: type[BaseModel]) -> str | None:
     """The known key that a misspelt one looks like."""
     parts = [str(p) for p in loc]
-    return next(iter(difflib.get_close_matches(parts[-1], _keys_beside(parts), 1)), None)
+    return next(iter(difflib.get_close_matches(parts[-1], _keys_beside(parts, model), 1)), None)
 
 
-def _keys_beside(parts: list[str]) -> list[str]:
-    model: Any = City
+def _keys_beside(parts: list[str], model: Any) -> list[str]:
     for part in parts[:-1]:
         annotation = (
             model.model_fields[part].annotation if hasattr(model, "model_fields") and part in model.model_fields else model

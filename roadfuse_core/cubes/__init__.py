@@ -15,7 +15,7 @@ from roadfuse_core.cubes._plan import (
     snapshots,
 )
 from roadfuse_core.cubes._read import CubeReader
-from roadfuse_core.cubes._render import FIXED_POINT, Layer, halo_px, render
+from roadfuse_core.cubes._render import FIXED_POINT, MEANS, Layer, halo_px, render
 from roadfuse_core.cubes._repository import (
     committer_lock,
     grid_attributes,
@@ -26,6 +26,7 @@ from roadfuse_core.cubes._repository import (
 
 __all__ = [
     "FIXED_POINT",
+    "MEANS",
     "CubeReader",
     "Expiry",
     "Forecast",

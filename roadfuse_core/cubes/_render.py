@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 
-__all__ = ["FIXED_POINT", "Layer", "halo_px", "render"]
+__all__ = ["FIXED_POINT", "MEANS", "Layer", "halo_px", "render"]
 
 # Array name → integer units per unit of the quantity.
 FIXED_POINT = {"count": 1, "speed_sum": 1000, "speed_count": 1, "sin_sum": 10_000, "cos_sum": 10_000,
                "bearing_count": 1, "interval_sum": 1000, "interval_count": 1}  # fmt: skip
 Kind = Literal["binary", "count", "log_count", "speed", "sin", "cos", "interval"]
-_MEANS: dict[str, tuple[str, str]] = {
+# Layers that are a mean: the sum, and the number of samples in it.
+MEANS: dict[str, tuple[str, str]] = {
     "speed": ("speed_sum", "speed_count"),
     "sin": ("sin_sum", "bearing_count"),
     "cos": ("cos_sum", "bearing_count"),
@@ -47,7 +48,7 @@ class Layer(BaseModel):
     @property
     def arrays(self) -> tuple[str, ...]:
         """The cube arrays that this layer reads."""
-        return _MEANS.get(self.kind, ("count",))
+        return MEANS.get(self.kind, ("count",))
 
 
 def halo_px(layers: Sequence[Layer]) -> int:
@@ -76,9 +77,9 @@ def render(sums: Mapping[str, NDArray[np.int64]], layers: Sequence[Layer], halo:
 
 
 def _layer(sums: Mapping[str, NDArray[np.int64]], layer: Layer) -> NDArray[np.float32]:
-    if layer.kind in _MEANS:
-        total, samples = (sums[name] for name in _MEANS[layer.kind])
-        unit = FIXED_POINT[_MEANS[layer.kind][0]] * layer.cap
+    if layer.kind in MEANS:
+        total, samples = (sums[name] for name in MEANS[layer.kind])
+        unit = FIXED_POINT[MEANS[layer.kind][0]] * layer.cap
         out = (total / (np.maximum(samples, 1) * unit)).astype(np.float32)
     else:
         count = sums["count"].astype(np.float32)

@@ -21,11 +21,15 @@ from roadfuse_core.grid import Grid
 from roadfuse_core.imagery._read import open_raster, raster_box, warped
 from roadfuse_core.settings import City, MapSpec
 
-__all__ = ["RoadMap", "open_map", "read_lines"]
+__all__ = ["RoadMap", "lanes_of", "open_map", "read_lines"]
 
 RASTERS = (".tif", ".tiff", ".vrt", ".png", ".jp2", ".img")
 DRIVABLE = ("motorway", "trunk", "primary", "secondary", "tertiary", "unclassified", "residential", "living_street",
-            "service", "motorway_link", "trunk_link", "primary_link", "secondary_link", "tertiary_link", "road")  # fmt: skip
+            "service", "motorway_link", "trunk_link", "primary_link", "secondary_link", "tertiary_link", "road",
+            "track")  # fmt: skip
+# Lanes by class where a way does not say (PP-LinkNet, as released).
+WIDE = ("motorway", "trunk", "primary", "secondary", "tertiary")
+LANES = {kind: 1.5 for k in WIDE for kind in (k, f"{k}_link")} | {"track": 0.5, "living_street": 0.5}
 
 
 class RoadMap(Protocol):
@@ -108,12 +112,40 @@ def open_map(city: City, spec: MapSpec, key: str, grid: Grid) -> RoadMap:
         return RasterMap(str(path), spec, f"{key}.path", grid)
     lines = read_lines(path, spec, key).to_crs(grid.crs)
     widths = np.full(len(lines), spec.width_m)
+    if spec.lane_m is not None:
+        widths = lanes_of(lines, key, str(path)) * spec.lane_m
     if spec.width is not None:
         if spec.width not in lines.columns:
             columns = ", ".join(c for c in lines.columns if c != "geometry")
             raise ConfigError(f"{key}.width", spec.width, f"is not a column of {path}", f"it has: {columns}")
         widths = pd.to_numeric(lines[spec.width], errors="coerce").fillna(spec.width_m).to_numpy(float)
     return LineMap(lines, widths, grid)
+
+
+def lanes_of(ways: gpd.GeoDataFrame, key: str, path: str) -> NDArray[np.float64]:
+    """Lanes of OpenStreetMap's ways: as tagged, or by class (1.5, 1 or one half).
+
+    Args:
+        ways: With a column `highway`, and `lanes`, or `other_tags` as GDAL reads them from PBF.
+        key: For messages.
+        path: For messages.
+
+    Returns:
+        (n,) lanes, more than 0.
+
+    Raises:
+        ConfigError: There is no column `highway`.
+    """
+    if "highway" not in ways.columns:
+        raise ConfigError(
+            f"{key}.lane_m", path, "has no column `highway`", "leave lane_m out, or give an extract of OpenStreetMap"
+        )
+    tagged = ways["lanes"] if "lanes" in ways.columns else pd.Series(np.nan, ways.index)
+    if "other_tags" in ways.columns:
+        tagged = tagged.fillna(ways["other_tags"].astype(str).str.extract(r'"lanes"=>"([\d.]+)"')[0])
+    lanes = pd.to_numeric(tagged, errors="coerce")
+    by_class = ways["highway"].map(LANES).fillna(1.0)
+    return lanes.where(lanes > 0, by_class).to_numpy(float)
 
 
 def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:

@@ -25,7 +25,10 @@ def sample_points(features: Tensor, points: Tensor) -> Tensor:
     Returns:
         (N, C, P).
     """
-    return F.grid_sample(features, 2 * points[:, :, None] - 1, align_corners=False, padding_mode="border").squeeze(3)
+    # Half precision places points on a raster of its own.
+    exact = torch.promote_types(features.dtype, torch.float32)
+    grid = 2 * points[:, :, None].to(exact) - 1
+    return F.grid_sample(features.to(exact), grid, align_corners=False, padding_mode="border").squeeze(3).to(features.dtype)
 
 
 def uncertain_points(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,8 @@ class PointRend(nn.Module):
             (N, P) logits and (N, P, 2) x and y from 0 to 1.
         """
         n = len(coarse)
-        many = torch.rand(n, int(OVERSAMPLING * TRAINING_POINTS), 2, device=coarse.device, generator=generator).to(coarse.dtype)
+        many = torch.rand(n, int(OVERSAMPLING * TRAINING_POINTS), 2, device=coarse.device, generator=generator)
+        many = many.to(torch.promote_types(coarse.dtype, torch.float32))
         chosen = int(IMPORTANT * TRAINING_POINTS)
         order = sample_points(coarse, many).squeeze(1).abs().argsort(1)[:, :chosen]
         at = torch.cat([many.gather(1, order[..., None].expand(-1, -1, 2)), many[:, : TRAINING_POINTS - chosen]], 1)

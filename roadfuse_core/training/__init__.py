@@ -1,6 +1,59 @@
-"""Training: windows, augmentation, recipes."""
+"""Training: recipes, windows, augmentation on the device, Lightning's loop, comparisons, robustness."""
 
+from roadfuse_core.training._augment import Prepared, points_of, prepare, render_points
 from roadfuse_core.training._compact import CompactRecipe, bce_dice, train_compact
+from roadfuse_core.training._compare import Comparison, compare, paired, parse_vary, plan_runs
+from roadfuse_core.training._fit import DivergedError, Splits, Trained, lay_split, split_recipe, train
+from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
+from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe
 from roadfuse_core.training._samples import TrainingCity, draw_city, draw_knobs, window_batch
+from roadfuse_core.training._score import SUITE, Damage, Scored, score_network
+from roadfuse_core.training._suite import run_suite, write_curves
+from roadfuse_core.training._windows import Batch, Draws, EpochOrder, StillWindows, TrainingWindows, Window, collate
 
-__all__ = ["CompactRecipe", "TrainingCity", "bce_dice", "draw_city", "draw_knobs", "train_compact", "window_batch"]
+__all__ = [
+    "SUITE",
+    "UNKNOWN",
+    "Batch",
+    "Cells",
+    "CompactRecipe",
+    "Comparison",
+    "Damage",
+    "DivergedError",
+    "Draws",
+    "EpochOrder",
+    "Ground",
+    "InvalidRecipeError",
+    "Prepared",
+    "Recipe",
+    "Scored",
+    "Splits",
+    "StillWindows",
+    "Trained",
+    "TrainingCity",
+    "TrainingWindows",
+    "View",
+    "Window",
+    "arrays_of_layers",
+    "bce_dice",
+    "collate",
+    "compare",
+    "draw_city",
+    "draw_knobs",
+    "lay_ground",
+    "lay_split",
+    "load_recipe",
+    "paired",
+    "parse_vary",
+    "plan_runs",
+    "points_of",
+    "prepare",
+    "render_points",
+    "run_suite",
+    "score_network",
+    "split_recipe",
+    "train",
+    "train_compact",
+    "window_batch",
+    "write_curves",
+]

@@ -1,0 +1,221 @@
+"""Many trainings that differ in a few fields of one recipe, and the table that they make."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from dask.distributed import Client
+from scipy import stats
+
+from roadfuse_core.cluster import Progress, quiet, run_jobs
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.models import describe, load_checkpoint
+from roadfuse_core.training._fit import lay_split, split_recipe, train
+from roadfuse_core.training._pictures import panel, to_png, window_inputs
+from roadfuse_core.training._recipe import Recipe, load_recipe
+from roadfuse_core.training._score import SUITE, score_network
+
+__all__ = ["FIGURES", "Comparison", "compare", "paired", "parse_vary", "plan_runs"]
+
+FIGURES = ("g_iou", "a_iou", "a_iou_batch8", "f1", "attack_drop", "parameters", "gflops", "windows_per_s", "minutes")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison made.
+
+    Attributes:
+        runs: A row for each run: its variant, seed and figures.
+        table: A row for each variant: mean and standard deviation over seeds, the best first.
+        pairs: Differences of g_iou between neighbours of the table, paired by seed, with their 95 % interval.
+    """
+
+    runs: pd.DataFrame
+    table: pd.DataFrame
+    pairs: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Run:
+    recipe: Recipe
+    variant: str
+    out: str
+    suite: bool
+
+
+def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`key=a,b` or `key=[…]` in YAML, as values by dotted key.
+
+    Raises:
+        ConfigError: One is something else, or names a key twice.
+    """
+    out: dict[str, list[Any]] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key or not value or key in out:
+            raise ConfigError(
+                "--vary", text, "is not KEY=VALUE,VALUE with a key of its own", "write network.preset=unet,segnet"
+            )
+        try:
+            parsed = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+        except yaml.YAMLError as error:
+            raise ConfigError("--vary", text, "is not YAML behind the equals sign", "write key=[a, b]") from error
+        out[key] = parsed
+    return out
+
+
+def compare(
+    path: Path, vary: dict[str, list[Any]], out: Path, client: Client | None = None, tell: Progress = quiet, suite: bool = False
+) -> Comparison:
+    """Train and score every combination; what is done stays done, and a killed comparison goes on.
+
+    Every run sees the same cities, splits and test tiles; runs of one seed see the same windows and draws.
+
+    Args:
+        path: The recipe.
+        vary: Values by dotted key; `seed` makes repetitions.
+        out: Folder for runs, `runs.csv`, `table.csv`, `pairs.csv` and `compare.html`.
+        client: Dask; runs go side by side, each on one thread. None runs them here, one after the other.
+        tell: Progress.
+        suite: Also score every network on all damages of the robustness suite.
+
+    Raises:
+        ConfigError: A variant does not fit; said before the first training.
+    """
+    jobs = _plan(path, vary, out, suite)
+    for job in jobs:
+        split_recipe(job.recipe)
+    rows = run_jobs(client, _train_and_score if client is None else _on_one_thread, jobs, "training runs", tell)
+    runs = pd.DataFrame(rows)
+    table = _table(runs)
+    made = Comparison(runs, table, _pairs(runs, list(table.index)))
+    out.mkdir(parents=True, exist_ok=True)
+    runs.to_csv(out / "runs.csv", index=False)
+    table.to_csv(out / "table.csv")
+    made.pairs.to_csv(out / "pairs.csv", index=False)
+    (out / "compare.html").write_text(_page(path.stem, made, _picture(jobs, list(table.index), out)))
+    return made
+
+
+def plan_runs(path: Path, vary: dict[str, list[Any]], out: Path) -> list[str]:
+    """A line for each run of a comparison, and whether it is done."""
+    jobs = _plan(path, vary, out, False)
+    return [f"{j.variant}, seed {j.recipe.seed}{', done' if (Path(j.out) / 'row.json').is_file() else ''}" for j in jobs]
+
+
+def _plan(path: Path, vary: dict[str, list[Any]], out: Path, suite: bool) -> list[_Run]:
+    jobs = []
+    for values in itertools.product(*vary.values()):
+        changes = dict(zip(vary, values, strict=True))
+        recipe = load_recipe(path, changes)
+        name = (
+            ", ".join(str(v) if k.endswith("preset") else f"{k}={v}" for k, v in changes.items() if k != "seed") or recipe.name
+        )
+        jobs.append(_Run(recipe, name, str(out / "runs" / recipe.digest()), suite))
+    return jobs
+
+
+def _on_one_thread(job: _Run) -> dict[str, Any]:
+    return _train_and_score(job, threads=1)
+
+
+def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
+    """One run, unless its row is there."""
+    out = Path(job.out)
+    row_file = out / ("suite.json" if job.suite else "row.json")
+    if row_file.is_file():
+        return dict(json.loads(row_file.read_text()))
+    train(job.recipe, out, threads=threads)
+    network, _ = load_checkpoint(out / "checkpoint.safetensors")
+    minutes = json.loads((out / "done.json").read_text())["seconds"] / 60
+    grounds = lay_split(job.recipe, split_recipe(job.recipe).test, "roads", out.parent / "ground")
+    damages = SUITE if job.suite else SUITE[:2]
+    found = {(d.family, d.level): score_network(network, job.recipe.view(), grounds, d) for d in damages}
+    plain, attacked = found["none", 0].scores, found["information loss", 1].scores
+    described = describe(network.config)
+    row = {"variant": job.variant, "seed": job.recipe.seed} | {k: v for k, v in asdict(plain).items()}
+    row |= {
+        "attack_drop": 1 - attacked.g_iou / plain.g_iou if plain.g_iou > 0 else math.nan, "minutes": minutes,
+        "parameters": described.parameters, "gflops": described.gflops, "windows_per_s": found["none", 0].windows_per_s,
+        "by_city": found["none", 0].by_city,
+    }  # fmt: skip
+    if job.suite:
+        row["suite"] = [[d.family, d.level, found[d.family, d.level].scores.g_iou] for d in damages]
+    row_file.write_text(json.dumps(row))
+    return row
+
+
+def _table(runs: pd.DataFrame) -> pd.DataFrame:
+    grouped = runs.groupby("variant")
+    out = pd.DataFrame({"seeds": grouped.size()})
+    for name in FIGURES:
+        out[name] = grouped[name].mean()
+        if name in ("g_iou", "a_iou", "a_iou_batch8", "f1", "attack_drop"):
+            out[f"{name}_std"] = grouped[name].std()
+    return out.sort_values("g_iou", ascending=False)
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of a - b and its 95 % interval by Student's t, paired; the interval of one pair is without bounds."""
+    d = np.asarray(a, float) - np.asarray(b, float)
+    mean = float(d.mean())
+    if len(d) < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)))
+    return mean, mean - half, mean + half
+
+
+def _pairs(runs: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """Each variant against all that stand below it."""
+    by = runs.pivot_table(index="seed", columns="variant", values="g_iou")
+    rows = []
+    for a, b in itertools.combinations(order, 2):
+        both = by[[a, b]].dropna()
+        if len(both):
+            mean, low, high = paired(both[a].to_list(), both[b].to_list())
+            rows.append({"better": a, "worse": b, "difference": mean, "low": low, "high": high, "seeds": len(both)})
+    return pd.DataFrame(rows, columns=["better", "worse", "difference", "low", "high", "seeds"])
+
+
+def _picture(jobs: list[_Run], order: list[str], out: Path) -> str:
+    """A test window with much road: what there is, what is true, and what each variant says; a PNG in base64."""
+    first = {job.variant: job for job in reversed(jobs)}
+    panels, fullest = [], None
+    for name in order:
+        job = first[name]
+        grounds = lay_split(job.recipe, split_recipe(job.recipe).test, "roads", out / "runs" / "ground")
+        made = window_inputs(job.recipe.view(), grounds, SUITE[0])
+        network = load_checkpoint(Path(job.out) / "checkpoint.safetensors")[0]
+        with torch.inference_mode():
+            panels.append(panel(name, made, network(made.inputs, made.present).logits))
+        fullest = made if fullest is None or len(made.inputs) > len(fullest.inputs) else fullest
+    assert fullest is not None
+    return to_png(panels, fullest)
+
+
+def _page(name: str, made: Comparison, picture: str) -> str:
+    style = ("body{font:15px/1.5 system-ui,sans-serif;margin:2rem;color:#222}td,th{padding:.2rem .7rem;text-align:right}"
+             "th:first-child,td:first-child{text-align:left}table{border-collapse:collapse}tr:nth-child(even){background:#f4f4f4}"
+             "img{max-width:100%}")  # fmt: skip
+    table = made.table.map(lambda v: f"{v:,.3f}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}")
+    pairs = made.pairs.map(lambda v: f"{v:+.4f}" if isinstance(v, float) else v)
+    runs = made.runs.drop(columns=[c for c in ("suite", "by_city") if c in made.runs])
+    parts = [
+        f"<h1>{html.escape(name)}</h1><p>Scores on the test tiles: mean over seeds, and their standard deviation. attack_drop: "
+        "the share of g_iou that is lost when a quarter of the image and another quarter of the points are gone.</p>",
+        table.to_html(border=0), "<h2>One test window</h2>", f'<img alt="test window" src="data:image/png;base64,{picture}">',
+        "<h2>Differences of g_iou, paired by seed, with 95 % intervals</h2>", pairs.to_html(border=0, index=False),
+        "<h2>Every run</h2>", runs.to_html(border=0, index=False, float_format=lambda v: f"{v:.4f}"),
+    ]  # fmt: skip
+    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(name)}</title><style>{style}</style>' + "".join(parts)

@@ -1,0 +1,439 @@
+"""A recipe becomes a checkpoint: data laid out, stages run by Lightning, one rank a GPU where there are several."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dask.distributed import Client
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+
+from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet
+from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
+from roadfuse_core.grid import TileIndex, split_tiles
+from roadfuse_core.models import (
+    CheckpointInfo,
+    Network,
+    build_network,
+    load_checkpoint,
+    load_resnet_weights,
+    save_checkpoint,
+)
+from roadfuse_core.settings import City, ClusterSpec, load_city
+from roadfuse_core.training._ground import Ground, lay_ground
+from roadfuse_core.training._module import RoadModule
+from roadfuse_core.training._recipe import Recipe
+from roadfuse_core.training._windows import EpochOrder, StillWindows, TrainingWindows, collate
+
+__all__ = ["Splits", "Trained", "lay_split", "split_recipe", "train"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which tiles of which city are for what; disjoint in space.
+
+    Attributes:
+        train: Tiles by city file.
+        validation: The same.
+        test: The same.
+    """
+
+    train: dict[str, list[TileIndex]]
+    validation: dict[str, list[TileIndex]]
+    test: dict[str, list[TileIndex]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left.
+
+    Attributes:
+        checkpoint: The weights.
+        splits: Which tiles were for what.
+        validation_g_iou: Of the last epoch, or the best, by `keep`.
+        epochs: That were run.
+    """
+
+    checkpoint: Path
+    splits: Path
+    validation_g_iou: float
+    epochs: int
+
+
+def city_files(recipe: Recipe, texts: Sequence[str], key: str) -> list[Path]:
+    """City files behind paths and globs of a recipe, sorted.
+
+    Raises:
+        ConfigError: One matches nothing.
+    """
+    out: list[Path] = []
+    for text in texts:
+        found = sorted(glob.glob(str(recipe.root / Path(text).expanduser()), recursive=True))
+        if not found:
+            raise ConfigError(key, text, "matches no city file", "correct the path, or simulate and ingest cities first")
+        out += [Path(f).resolve() for f in found]
+    return sorted(set(out))
+
+
+def split_recipe(recipe: Recipe) -> Splits:
+    """The tiles of every split.
+
+    Raises:
+        ConfigError: A city is in two splits, a split is empty, or a fraction of the labels is no tile.
+    """
+    cities = city_files(recipe, recipe.cities, "cities")
+    validation = city_files(recipe, recipe.validation_cities, "validation_cities")
+    test = city_files(recipe, recipe.test_cities, "test_cities")
+    for one, other in ((cities, validation), (cities, test), (validation, test)):
+        if both := set(one) & set(other):
+            raise ConfigError("cities", str(min(both)), "is in two splits", "name it in one of them")
+    out: dict[str, dict[str, list[TileIndex]]] = {"train": {}, "validation": {}, "test": {}}
+    for path in cities:
+        for tile, name in _split_city(load_city(path), recipe).items():
+            # Where whole cities are kept for a purpose, the tiles of the others need not serve it.
+            name = "train" if (name == "test" and test) or (name == "validation" and validation) else name
+            out[name].setdefault(str(path), []).append(tile)
+    for name, paths in (("validation", validation), ("test", test)):
+        out[name] |= {str(p): load_city(p).make_grid().tiles() for p in paths}
+    for name, tiles in out.items():
+        if not tiles:
+            raise ConfigError("split", name, "holds no tile", "give more cities, smaller tiles, or another split")
+    return Splits(**{name: {c: sorted(t) for c, t in by.items()} for name, by in out.items()})
+
+
+def _split_city(city: City, recipe: Recipe) -> dict[TileIndex, str]:
+    grid, s = city.make_grid(), recipe.split
+    if s.folds is None:
+        return split_tiles(grid, s.seed)
+    part = {t: k % s.folds for k, t in enumerate(split_tiles(grid, s.seed))}  # in the order of their ranks
+    names = {s.fold: "test", (s.fold + 1) % s.folds: "validation"}
+    return {t: names.get(k, "train") for t, k in part.items()}
+
+
+def lay_split(
+    recipe: Recipe, tiles: dict[str, list[TileIndex]], labels: str, out: Path, tell: Progress = quiet
+) -> list[Ground]:
+    """The grounds of some tiles of some cities, in the order of their files."""
+    view = recipe.view()
+    return [lay_ground(load_city(Path(c)), t, labels, view, out, tell) for c, t in sorted(tiles.items())]
+
+
+def _fraction(tiles: dict[str, list[TileIndex]], share: float, seed: int) -> dict[str, list[TileIndex]]:
+    """A share of the tiles, at least one, the smaller share always inside the larger."""
+    every = [(c, t) for c, of in sorted(tiles.items()) for t in of]
+    order = np.random.default_rng([seed, 81]).permutation(len(every))
+    chosen = sorted(every[k] for k in order[: max(1, round(share * len(every)))])
+    out: dict[str, list[TileIndex]] = {}
+    for c, t in chosen:
+        out.setdefault(c, []).append(t)
+    return out
+
+
+def train(
+    recipe: Recipe, out: Path, tell: Progress = quiet, threads: int | None = None, cluster: ClusterSpec | None = None
+) -> Trained:
+    """Train by a recipe; a killed run goes on at its last whole epoch, and ends with the same weights.
+
+    Args:
+        recipe: What to do.
+        out: Folder for the checkpoint, the splits, the log and the state.
+        tell: Progress: (what, done, total).
+        threads: Of PyTorch on a CPU; by default all.
+        cluster: Where ranks run when there are several.
+
+    Raises:
+        ConfigError: The recipe does not fit the data, said before the first step.
+        StoreError: The folder holds another recipe's run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _own(out, recipe)
+    done = out / "done.json"
+    if not done.is_file():
+        _begin(recipe)  # whatever is wrong with the network is said before data is read
+        splits = split_recipe(recipe)
+        (out / "splits.json").write_text(json.dumps(asdict(splits), indent=1))
+        grounds = _lay_all(recipe, splits, out.parent / "ground", tell)
+        ranks = recipe.ranks or max(1, count_gpus())
+        began = time.perf_counter()
+        result = _run_ranks(recipe, grounds, out, ranks, tell, threads, cluster)
+        done.write_text(json.dumps(result | {"seconds": time.perf_counter() - began}))
+    facts = json.loads(done.read_text())
+    return Trained(out / "checkpoint.safetensors", out / "splits.json", facts["g_iou"], facts["epochs"])
+
+
+def _own(out: Path, recipe: Recipe) -> None:
+    mark = out / "recipe.json"
+    text = recipe.model_dump_json(indent=1)
+    if mark.is_file() and mark.read_text() != text:
+        raise StoreError(f"{out}: holds a run of another recipe; give another --out, or remove the folder")
+    mark.write_text(text)
+
+
+def _begin(recipe: Recipe) -> Network:
+    """The network before the first step; the same in every process."""
+    torch.manual_seed(recipe.seed)
+    network = build_network(recipe.network_config())
+    if recipe.network.resnet:
+        load_resnet_weights(network, recipe.root / recipe.network.resnet)
+    if recipe.network.start:
+        held, info = load_checkpoint(recipe.root / recipe.network.start)
+        if info.network != recipe.network_config():
+            raise ConfigError("network.start", recipe.network.start, "holds another network", "name its preset and width")
+        network.load_state_dict(held.state_dict())
+    return network
+
+
+@dataclass(frozen=True)
+class _Grounds:
+    stages: tuple[tuple[Ground, ...], ...]
+    validation: tuple[Ground, ...]
+
+
+def _lay_all(recipe: Recipe, splits: Splits, folder: Path, tell: Progress) -> _Grounds:
+    stages = []
+    for stage in recipe.stages:
+        tiles = _fraction(splits.train, stage.label_fraction, recipe.split.seed)
+        grounds = lay_split(recipe, tiles, stage.labels, folder, tell)
+        if not sum(sum(g.road) for g in grounds):
+            raise ConfigError("stages", stage.labels, "shows no road on the training tiles", "check labels, or take more tiles")
+        stages.append(tuple(grounds))
+    return _Grounds(tuple(stages), tuple(lay_split(recipe, splits.validation, "roads", folder, tell)))
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One process of a training.
+
+    Attributes:
+        number: Its rank.
+        of: Number of ranks.
+        address: Host of rank 0.
+        port: Where they meet.
+    """
+
+    number: int = 0
+    of: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+class _Meeting(ClusterEnvironment):
+    """Where ranks that somebody else started find each other."""
+
+    def __init__(self, rank: _Rank) -> None:
+        super().__init__()
+        self.rank = rank
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self.rank.address
+
+    @property
+    def main_port(self) -> int:
+        return self.rank.port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self.rank.of
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.rank.number
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return self.rank.number
+
+
+def _run_ranks(
+    recipe: Recipe, grounds: _Grounds, out: Path, ranks: int, tell: Progress, threads: int | None, cluster: ClusterSpec | None
+) -> dict[str, Any]:
+    if ranks == 1:
+        return run_stages(recipe, grounds, out, _Rank(), tell, threads)
+    spec = cluster or ClusterSpec(workers=ranks)
+    with open_cluster(spec) as client:
+        workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+        if len(workers) < ranks:
+            raise ConfigError("ranks", ranks, f"exceeds the {len(workers)} workers of the cluster", "start more of them")
+        return _on_workers(client, workers[:ranks], recipe, grounds, out)
+
+
+def _on_workers(client: Client, workers: list[str], recipe: Recipe, grounds: _Grounds, out: Path) -> dict[str, Any]:
+    """One rank a worker; all of them at once, or none: a rank that fails takes the others with it."""
+    host = workers[0].split("//")[1].rsplit(":", 1)[0]
+    port = client.submit(_free_port, workers=[workers[0]], pure=False).result()
+    futures = [
+        client.submit(run_stages, recipe, grounds, out, _Rank(k, len(workers), host, port), None, 1,
+                      workers=[w], pure=False, allow_other_workers=False)
+        for k, w in enumerate(workers)
+    ]  # fmt: skip
+    try:
+        return next(r for r in client.gather(futures) if r)
+    finally:
+        client.cancel(futures)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def run_stages(
+    recipe: Recipe, grounds: _Grounds, out: Path, rank: _Rank, tell: Progress | None = None, threads: int | None = None
+) -> dict[str, Any]:
+    """All stages, on one rank; the first writes the checkpoint.
+
+    Returns:
+        The validation's g_iou and the epochs run; of ranks other than the first, nothing.
+    """
+    torch.set_num_threads(threads or torch.get_num_threads())
+    network, epochs, score = _begin(recipe), 0, 0.0
+    for number, stage in enumerate(grounds.stages):
+        module = RoadModule(network, recipe, number)
+        trainer, best = _trainer(recipe, number, out, rank, tell or quiet)
+        state = out / f"stage-{number}" / "last.ckpt"
+        with warnings.catch_warnings():
+            # Lightning's advice (workers, intervals of its log) is not for those who start a refresh.
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer),
+                        ckpt_path=state if state.is_file() else None, weights_only=False)  # fmt: skip
+        epochs += trainer.current_epoch
+        score = float(trainer.callback_metrics.get("g_iou", torch.tensor(0.0)))
+        if recipe.keep == "best" and best.best_model_path:
+            held = torch.load(best.best_model_path, map_location="cpu", weights_only=False)
+            module.load_state_dict(held["state_dict"])
+            score = float(best.best_model_score or score)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if rank.number:
+        return {}
+    _save(recipe, network, out)
+    return {"g_iou": score, "epochs": epochs}
+
+
+def _loaders(
+    recipe: Recipe, grounds: _Grounds, stage: tuple[Ground, ...], number: int, rank: _Rank, trainer: Trainer
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    # On a CPU the cores are busy with the step itself; beside a GPU, processes read ahead.
+    gpu = trainer.strategy.root_device.type == "cuda"
+    ahead: dict[str, Any] = {"num_workers": 4, "multiprocessing_context": "spawn", "persistent_workers": True} if gpu else {}
+    order = EpochOrder(recipe, rank.number, rank.of)
+    teaching: DataLoader[Any] = DataLoader(
+        TrainingWindows(recipe, stage, number),
+        batch_sampler=order,
+        collate_fn=collate,
+        pin_memory=gpu,
+        **ahead,  # type: ignore[arg-type]
+    )
+    still = StillWindows(recipe.view(), grounds.validation)
+    own = range(rank.number, len(still), rank.of)
+    deciding: DataLoader[Any] = DataLoader(still, batch_size=recipe.batch, sampler=list(own), collate_fn=collate)
+    return teaching, deciding
+
+
+def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress) -> tuple[Trainer, ModelCheckpoint]:
+    folder = out / f"stage-{stage}"
+    best = ModelCheckpoint(folder, "best", monitor="g_iou", mode="max", save_last=True, save_top_k=int(recipe.keep == "best"),
+                           enable_version_counter=False, save_on_train_epoch_end=False)  # fmt: skip
+    callbacks: list[Callback] = [best, _Teller(tell, recipe.stages[stage].epochs, stage)]
+    if recipe.patience:
+        callbacks.append(EarlyStopping("g_iou", mode="max", patience=recipe.patience))
+    logger = [
+        CSVLogger(out, name="log", version=f"stage-{stage}"),
+        TensorBoardLogger(out, name="tensorboard", version=f"stage-{stage}"),
+    ]
+    several: dict[str, Any] = {}
+    if rank.of > 1:
+        environment = _Meeting(rank)
+        several = {"strategy": DDPStrategy(cluster_environment=environment), "num_nodes": rank.of}
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=1, max_epochs=recipe.stages[stage].epochs,
+        precision="bf16-mixed" if recipe.precision == "bf16" else "32-true", gradient_clip_val=recipe.optimiser.clip,
+        callbacks=callbacks, logger=logger if not rank.number else False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10,
+        default_root_dir=out, **several,
+    )  # fmt: skip
+    return trainer, best
+
+
+class _Teller(Callback):
+    """Steps and scores as the project's progress, and an end to runs that have gone wrong."""
+
+    def __init__(self, tell: Progress, epochs: int, stage: int) -> None:
+        self.tell, self.epochs, self.stage = tell, epochs, stage
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        total = self.epochs * module.recipe.epoch_steps
+        self.tell(f"training, stage {self.stage + 1}", trainer.global_step, total)
+        if not torch.isfinite(outputs["loss"]):
+            raise DivergedError(
+                f"step {trainer.global_step}: the loss is not finite; lower optimiser.lr, or set precision: '32'"
+            )
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        log.info("stage %d, epoch %d: g_iou %.4f", self.stage + 1, trainer.current_epoch, trainer.callback_metrics["g_iou"])
+
+
+class DivergedError(RoadFuseError, ArithmeticError):
+    """A training whose loss is no number any more."""
+
+    exit_code = 5
+
+
+def _save(recipe: Recipe, network: Network, out: Path) -> None:
+    info = CheckpointInfo(
+        network=network.config, layers=[layer.model_dump() for layer in recipe.view().layers],
+        resolution_m=_resolution(recipe), window_px=recipe.window_px, recipe=recipe.model_dump(mode="json"),
+    )  # fmt: skip
+    part = out / "checkpoint.part"
+    save_checkpoint(part, network.eval(), info)
+    part.rename(out / "checkpoint.safetensors")
+    (out / "checkpoint.json").write_text(info.model_dump_json(indent=1) + "\n")
+    for folder in out.glob("stage-*"):
+        shutil.rmtree(folder)
+
+
+def _resolution(recipe: Recipe) -> float:
+    """Metres of a pixel, the same for all cities.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    found = {load_city(p).grid.resolution_m for p in city_files(recipe, recipe.cities, "cities")}
+    if len(found) > 1:
+        raise ConfigError("cities", sorted(found), "are metres of a pixel that differ", "give all cities one grid.resolution_m")
+    return found.pop()
