@@ -1,4 +1,4 @@
-"""Write the settings into docs/own-city.md: python scripts/settings_table.py. A test compares the page with them."""
+"""Write the settings into docs/own-city.md and docs/training.md: python scripts/settings_table.py. A test compares them."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from roadfuse_core.settings import City
+from roadfuse_core.training import Recipe
 
-PAGE = Path(__file__).parents[1] / "docs/own-city.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES: dict[str, type[BaseModel]] = {"own-city.md": City, "training.md": Recipe}
 MARKS = ("<!-- settings -->", "<!-- /settings -->")
 
 
@@ -33,9 +35,13 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _default(value: Any) -> str:
-    if value is PydanticUndefined or isinstance(value, BaseModel) or value in ({}, ()):
+    if value is PydanticUndefined or isinstance(value, BaseModel) or value in ({}, ()) or _records(value):
         return ""
     return "none" if value is None else f"`{value}`".lower() if isinstance(value, bool) else f"`{value}`"
+
+
+def _records(value: Any) -> bool:
+    return isinstance(value, tuple) and any(isinstance(v, BaseModel) for v in value)
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
@@ -45,11 +51,12 @@ def _model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def table() -> str:
+def table(model: type[BaseModel]) -> str:
     """The whole table."""
-    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows(City)])
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows(model)])
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text()
-    PAGE.write_text(re.sub(f"{MARKS[0]}.*{MARKS[1]}", lambda _: f"{MARKS[0]}\n{table()}\n{MARKS[1]}", text, flags=re.DOTALL))
+    for name, model in PAGES.items():
+        text, made = (DOCS / name).read_text(), f"{MARKS[0]}\n{table(model)}\n{MARKS[1]}"
+        (DOCS / name).write_text(re.sub(f"{MARKS[0]}.*{MARKS[1]}", lambda _, made=made: made, text, flags=re.DOTALL))

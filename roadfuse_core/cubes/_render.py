@@ -39,11 +39,11 @@ class Layer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind
-    cap: float = Field(1.0, gt=0)
-    sigma_px: float = Field(0.0, ge=0)
-    radius_px: int = Field(0, ge=0)
-    gain: float = Field(1.0, gt=0)
+    kind: Kind = Field(description="binary, count, log_count, speed, sin, cos or interval")
+    cap: float = Field(1.0, gt=0, description="the value that becomes 1")
+    sigma_px: float = Field(0.0, ge=0, description="standard deviation of a Gaussian; 0 for none")
+    radius_px: int = Field(0, ge=0, description="half the size of its kernel")
+    gain: float = Field(1.0, gt=0, description="factor on the finished layer")
 
     @property
     def arrays(self) -> tuple[str, ...]:

@@ -379,7 +379,8 @@ def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress)
     if rank.of > 1:
         environment = _Meeting(rank)
         several = {"strategy": DDPStrategy(cluster_environment=environment), "num_nodes": rank.of}
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     trainer = Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=1, max_epochs=recipe.stages[stage].epochs,
         precision="bf16-mixed" if recipe.precision == "bf16" else "32-true", gradient_clip_val=recipe.optimiser.clip,

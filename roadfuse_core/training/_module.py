@@ -44,6 +44,10 @@ class RoadModule(LightningModule):
                     module.eval()
         return self
 
+    def on_train_epoch_start(self) -> None:
+        """Lightning leaves modules in the mode in which they came."""
+        self.train()
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Points and bytes travel, not layers."""
         return batch.to(device)
@@ -95,7 +99,7 @@ class RoadModule(LightningModule):
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         optimiser = kinds[o.kind](self.network.parameters(), lr=o.lr, weight_decay=o.weight_decay)
         if o.schedule == "plateau":
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, "max", 0.2, PATIENCE)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, "max", o.factor, PATIENCE)
             return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "g_iou", "interval": "epoch"}}
         if o.schedule == "one-cycle":
             cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, o.lr, total_steps=self.steps + 1, pct_start=0.1)

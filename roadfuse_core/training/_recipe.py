@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from roadfuse_core.cubes import Layer, halo_px
@@ -112,12 +114,13 @@ class StageSpec(_Spec):
 class OptimiserSpec(_Spec):
     """How the weights move."""
 
-    kind: Literal["adam", "adamw"] = "adamw"
+    kind: Literal["adam", "adamw"] = Field("adamw", description="the optimiser")
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
-    weight_decay: float = Field(1e-3, ge=0)
+    weight_decay: float = Field(1e-3, ge=0, description="of all weights")
     schedule: Literal["constant", "poly", "one-cycle", "plateau"] = Field(
-        "one-cycle", description="poly: lr·(1 - t/T)^0.9; plateau: divided by 5 when the validation stands still"
+        "one-cycle", description="poly: lr·(1 - t/T)^0.9; plateau: times `factor` when the validation stands still"
     )
+    factor: float = Field(0.2, gt=0, lt=1, description="of the rate on a plateau")
     clip: float | None = Field(1.0, gt=0, description="greatest norm of the gradient")
 
 
@@ -152,8 +155,8 @@ class Recipe(_Spec):
     cities: tuple[str, ...] = Field(min_length=1, description="city files or globs, relative to the recipe")
     validation_cities: tuple[str, ...] = Field((), description="whole cities that decide; by default tiles of `cities`")
     test_cities: tuple[str, ...] = Field((), description="whole cities that are only scored; by default tiles of `cities`")
-    split: SplitSpec = SplitSpec()
-    network: NetworkSpec = NetworkSpec()
+    split: SplitSpec = Field(SplitSpec(), description="which tiles are for what, where whole cities are not")
+    network: NetworkSpec = Field(NetworkSpec(), description="what learns")
     layers: tuple[Layer, ...] = Field(
         (
             Layer(kind="log_count", cap=64, sigma_px=1.0, radius_px=1, gain=6.0),
@@ -162,9 +165,9 @@ class Recipe(_Spec):
         description="GPS layers in channel order",
     )
     loss: str = Field("bce+dice", description=f"one of {', '.join(LOSSES)}")
-    stages: tuple[StageSpec, ...] = Field((StageSpec(),), min_length=1)
-    optimiser: OptimiserSpec = OptimiserSpec()
-    augmentation: Augmentation = Augmentation()
+    stages: tuple[StageSpec, ...] = Field((StageSpec(),), min_length=1, description="one after the other, weights carry over")
+    optimiser: OptimiserSpec = Field(OptimiserSpec(), description="how the weights move")
+    augmentation: Augmentation = Field(Augmentation(), description="what windows go through")
     seed: int = Field(1, ge=0, description="of initialisation, windows and augmentation")
     window_px: int = Field(256, ge=32, le=2048, multiple_of=2, description="edge of a window")
     batch: int = Field(8, ge=1, description="windows a step, over all ranks")
@@ -207,11 +210,29 @@ class Recipe(_Spec):
         return hashlib.blake2b(self.model_dump_json().encode(), digest_size=8).hexdigest()
 
 
+def _shipped(name: object) -> dict[str, Any]:
+    """A paper's recipe."""
+    folder = resources.files("roadfuse_core.training.recipes")
+    known = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    if name not in known:
+        raise ConfigError("base", name, "is not a shipped recipe", f"use {', '.join(known)}, or leave it out")
+    return dict(yaml.safe_load((folder / f"{name}.yaml").read_text()))
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings key by key; everything else is replaced."""
+    out = dict(base)
+    for key, value in over.items():
+        held = out.get(key)
+        out[key] = _merged(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+    return out
+
+
 def load_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: The YAML file.
+        path: The YAML file; its `base` may name a paper's recipe, whose fields it then has but for those that it states.
         changes: Values by dotted key that replace those of the file.
 
     Raises:
@@ -219,6 +240,8 @@ def load_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
         InvalidRecipeError: Keys are unknown, missing or wrong; one line each.
     """
     raw = read_yaml(path, "recipe", "docs/training.md")
+    if "base" in raw:
+        raw = _merged(_shipped(raw.pop("base")), raw)
     for key, value in (changes or {}).items():
         *folders, last = key.split(".")
         at = raw

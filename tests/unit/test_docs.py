@@ -9,25 +9,31 @@ import yaml
 
 from flows.cli import app
 from roadfuse_core.settings import City
+from roadfuse_core.training import Recipe
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_settings_page_is_what_the_code_says():
+def _settings_table():
     spec = importlib.util.spec_from_file_location("settings_table", ROOT / "scripts/settings_table.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    page = (ROOT / "docs/own-city.md").read_text()
-    between = re.search(f"{module.MARKS[0]}\n(.*)\n{module.MARKS[1]}", page, re.DOTALL)[1]
-    assert between == module.table(), "run scripts/settings_table.py"
+    return module
+
+
+def test_the_settings_pages_are_what_the_code_says():
+    module = _settings_table()
+    for name, model in module.PAGES.items():
+        page = (ROOT / "docs" / name).read_text()
+        between = re.search(f"{module.MARKS[0]}\n(.*)\n{module.MARKS[1]}", page, re.DOTALL)[1]
+        assert between == module.table(model), "run scripts/settings_table.py"
 
 
 def test_every_setting_has_a_description():
-    spec = importlib.util.spec_from_file_location("settings_table", ROOT / "scripts/settings_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for row in module.rows(City):
-        assert row.split("|")[3].strip(), row
+    module = _settings_table()
+    for model in module.PAGES.values():
+        for row in module.rows(model):
+            assert row.split("|")[3].strip(), row
 
 
 def test_every_command_is_in_the_readme():
@@ -39,6 +45,11 @@ def test_every_command_is_in_the_readme():
 def test_the_example_in_the_readme_is_a_city():
     example = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     City.model_validate(yaml.safe_load(example))
+
+
+def test_the_example_recipe_is_a_recipe():
+    for example in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL):
+        Recipe.model_validate(yaml.safe_load(example))
 
 
 def test_links_lead_somewhere():

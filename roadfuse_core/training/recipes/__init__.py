@@ -1,0 +1,1 @@
+"""The papers' recipes; a recipe names one as its `base`."""
