@@ -53,15 +53,44 @@ def demo(
 def refresh(
     city_file: CityFile,
     baseline: Annotated[bool, typer.Option(help="Also score kernel density, tuned on the training tiles.")] = True,
+    full: Annotated[bool, typer.Option("--full", help="Predict everything anew, not only what changed.")] = False,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Publish although windows failed; they are no data.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be predicted now, and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring a city's map up to date: ingest, predict, score, export, report."""
-    load_city(city_file)
+    city = load_city(city_file)
+    if plan:
+        _show_refresh_plan(city, full, as_json)
+        return
     _prepare_prefect()
     from flows.refresh import refresh as flow
 
-    result = flow(city_file.resolve(), baseline)
+    result = flow(city_file.resolve(), baseline, full, allow_incomplete)
     _print_json(result) if as_json else _show_refresh(result)
+
+
+def _show_refresh_plan(city: City, full: bool, as_json: bool) -> None:
+    from roadfuse_core.inference import plan_refresh
+
+    made = plan_refresh(city, full=full)
+    c, jobs = made.calibration, made.jobs(Path())
+    map_bytes = int(made.coverage.cells.sum()) * made.lattice.stride_px**2 * (len(made.planes) + 1)
+    facts = {
+        "windows": made.windows, "of": made.of, "blocks": len(jobs), "batches": -(-made.windows // c.batch), "batch": c.batch,
+        "precision": c.precision, "device": c.device, "memory_bytes": made.memory_bytes, "seconds": made.seconds,
+        "map_bytes": map_bytes, "full": made.why,
+    }  # fmt: skip
+    if as_json:
+        _print_json(facts)
+        return
+    why = f"everything, because {made.why}" if made.why else "only what changed, and what blends with it"
+    console.print(f"{made.windows:,} of {made.of:,} windows that may hold evidence, {why}")
+    console.print(f"{len(jobs):,} blocks, {facts['batches']:,} batches of {c.batch}, {c.precision} on {c.device}")
+    console.print(f"up to {map_bytes / 1e6:,.1f} MB of map before compression; {made.memory_bytes / 2**30:.2f} GiB a worker")
+    console.print(f"about {made.seconds:,.0f} s; dumps that are not ingested yet are not counted: roadfuse ingest --dry-run")
 
 
 @app.command()
@@ -250,7 +279,7 @@ def _evaluate_suite(cities: list[City], weights: list[str], out: Path | None, as
 @app.command()
 def export(
     city_file: CityFile,
-    layer: Annotated[str, typer.Argument(help="count, another array of the cube, probability or road.")],
+    layer: Annotated[str, typer.Argument(help="count, another array of the cube, probability, road or a gate.")],
     out: Annotated[Path, typer.Option(help="The GeoTIFF to write.")],
 ) -> None:
     """Write a layer of the whole city as a cloud-optimised GeoTIFF."""
@@ -259,9 +288,11 @@ def export(
     from roadfuse_core.mosaic import NODATA, write_cog
 
     city = load_city(city_file)
-    if layer in ("probability", "road"):
+    if layer in ("probability", "road") or layer.startswith("gate_"):
         reader = MapReader(city)
-        overview: Literal["average", "mode"] = "average" if layer == "probability" else "mode"
+        if layer not in reader.arrays:
+            raise ConfigError("layer", layer, "is not in this map", f"it has {', '.join(reader.arrays)}")
+        overview: Literal["average", "mode"] = "mode" if layer == "road" else "average"
         write_cog(out, city.make_grid(), lambda *w: reader.window(layer, *w), "uint8", NODATA, overview)
     else:
         cube = CubeReader(cubes_path(city))

@@ -47,7 +47,7 @@ def run_name() -> str:
 
 
 @flow(name="refresh", flow_run_name=run_name)
-def refresh(city_file: Path, baseline: bool = True) -> dict[str, Any]:
+def refresh(city_file: Path, baseline: bool = True, full: bool = False, allow_incomplete: bool = False) -> dict[str, Any]:
     """Bring a city up to date with its dumps, images and model.
 
     Every stage is idempotent: a crashed refresh run again takes what is done.
@@ -55,6 +55,8 @@ def refresh(city_file: Path, baseline: bool = True) -> dict[str, Any]:
     Args:
         city_file: The city file.
         baseline: Also predict by kernel density, tuned on the training tiles, where there are points and labels.
+        full: Predict everything anew, not only what changed.
+        allow_incomplete: Publish although windows could not be predicted; they are no data.
 
     Returns:
         Scores by map, the files made, and the map's record.
@@ -69,7 +71,7 @@ def refresh(city_file: Path, baseline: bool = True) -> dict[str, Any]:
             with watch.stage("ingest dumps"):
                 stages.ingest_dumps(city_file, scheduler)
         with watch.stage("predict"):
-            record = stages.predict(city_file, scheduler)
+            record = stages.predict(city_file, scheduler, full=full, allow_incomplete=allow_incomplete)
         scored = _score(city, city_file, scheduler, baseline, watch)
     # The workers' stage was timed around all stages that ran on them: keep its own share.
     watch.stages[:] = _own_share(watch.stages)
@@ -83,11 +85,11 @@ def _score(city: City, city_file: Path, scheduler: str, baseline: bool, watch: S
     if "roads" not in city.labels:
         return {}
     with watch.stage("score"):
-        scored = {"map": stages.score(city_file)}
+        scored = {"map": stages.score(city_file, scheduler)}
     if city.points and baseline:
         with watch.stage("kernel density"):
             stages.predict(city_file, scheduler, "baseline", stages.tune_baseline(city_file))
-            scored["baseline"] = stages.score(city_file, "baseline")
+            scored["baseline"] = stages.score(city_file, scheduler, "baseline")
     return scored
 
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import dask
 from dask.distributed import Client, LocalCluster, as_completed
+from distributed.client import FutureCancelledError
+from distributed.comm.core import CommClosedError
 
-from roadfuse_core.errors import ConfigError
+from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.settings import ClusterSpec
 
-__all__ = ["Progress", "count_gpus", "count_workers", "open_cluster", "quiet", "run_jobs"]
+__all__ = ["ClusterLostError", "Progress", "count_gpus", "count_workers", "open_cluster", "quiet", "run_jobs"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 log = logging.getLogger(__name__)
+
+
+class ClusterLostError(RoadFuseError, ConnectionError):
+    """The scheduler that ran the work has gone."""
+
+    exit_code = 7
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -96,8 +105,9 @@ def _local_cluster(spec: ClusterSpec, gpus: int) -> Any:
 
 
 def run_jobs(
-    client: Client | None, function: Callable[[Job], Result], jobs: Sequence[Job], what: str, tell: Progress = quiet
-) -> list[Result]:
+    client: Client | None, function: Callable[[Job], Result], jobs: Sequence[Job], what: str, tell: Progress = quiet,
+    on_error: Callable[[Job, Exception], Result] | None = None, avoid: Sequence[str | None] = (),
+) -> list[Result]:  # fmt: skip
     """Run a function on every job and return the results in the jobs' order.
 
     Args:
@@ -106,25 +116,55 @@ def run_jobs(
         jobs: Small picklable records.
         what: Name for the progress.
         tell: Called with (what, done, total) after each job.
+        on_error: Makes a result of a job's error, or raises.
+        avoid: For each job the address of a worker that should not get it, if there are others.
 
     Raises:
         Exception: The first error of a job; the others are cancelled.
+        ClusterLostError: The scheduler has gone.
     """
     tell(what, 0, len(jobs))
     if client is None:
         results = []
         for done, job in enumerate(jobs, start=1):
-            results.append(function(job))
+            try:
+                results.append(function(job))
+            except Exception as error:
+                if on_error is None:
+                    raise
+                results.append(on_error(job, error))
             tell(what, done, len(jobs))
         return results
-    futures = client.map(function, jobs, pure=False, retries=1, batch_size=1000)
+    futures = _submit(client, function, jobs, avoid)
     place = {future.key: k for k, future in enumerate(futures)}
     out: dict[int, Result] = {}
     try:
         for future in as_completed(futures):
-            out[place[future.key]] = future.result()
+            k = place[future.key]
+            try:
+                out[k] = future.result()
+            except (CancelledError, FutureCancelledError, CommClosedError) as error:
+                raise ClusterLostError(f"{what}: the Dask scheduler was lost; run again, what is done is kept") from error
+            except Exception as error:
+                if on_error is None:
+                    raise
+                out[k] = on_error(jobs[k], error)
             future.release()
             tell(what, len(out), len(jobs))
     finally:
-        client.cancel(futures)
+        with suppress(CommClosedError, OSError, TimeoutError):
+            client.cancel(futures)
+    if len(out) < len(jobs):
+        raise ClusterLostError(f"{what}: the Dask scheduler was lost; run again, what is done is kept")
     return [out[k] for k in range(len(jobs))]
+
+
+def _submit(client: Client, function: Callable[[Job], Result], jobs: Sequence[Job], avoid: Sequence[str | None]) -> list[Any]:
+    if not any(avoid):
+        return list(client.map(function, jobs, pure=False, retries=1, batch_size=1000))
+    every = list(client.scheduler_info(n_workers=-1)["workers"])
+    others = [[w for w in every if w != bad] or every for bad in avoid]
+    return [
+        client.submit(function, job, pure=False, retries=1, workers=good, allow_other_workers=True)
+        for job, good in zip(jobs, others, strict=True)
+    ]

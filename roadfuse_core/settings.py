@@ -147,7 +147,11 @@ class ModelSpec(_Spec):
 
     weights: str = Field("default", description="`default`, `kde`, a checkpoint (.safetensors) or a tuned KDE (.json)")
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a pixel is road")
-    batch: int = Field(8, ge=1, le=256, description="windows a forward pass")
+    batch: int | None = Field(None, ge=1, le=256, description="windows a forward pass; by default found by measurement")
+    precision: Literal["auto", "32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the chip has it and it changes next to nothing"
+    )
+    turns: bool = Field(False, description="average over the eight turns of each window; eight times the work")
 
 
 class ClusterSpec(_Spec):

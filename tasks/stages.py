@@ -7,6 +7,7 @@ set only where a second try can help; every stage is safe to run again.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +15,12 @@ from dask.distributed import Client
 from prefect import get_run_logger, task
 
 from roadfuse_core.check import check_city
+from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import ingest
+from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.inference import MapReader, infer
 from roadfuse_core.metrics import CityScores, score_city, tune_kde
-from roadfuse_core.mosaic import NODATA, write_cog
+from roadfuse_core.mosaic import NODATA, write_cog, write_item
 from roadfuse_core.report import Stage, write_report
 from roadfuse_core.settings import load_city
 from roadfuse_core.simulate import CityKnobs, simulate_city
@@ -78,30 +81,42 @@ def tune_baseline(city_file: Path) -> Path:
     return path
 
 
-@task(name="predict", retries=1, retry_delay_seconds=5)
-def predict(city_file: Path, scheduler: str, group: str = "map", weights: Path | None = None) -> dict[str, Any]:
-    """Predict the city and publish the map; returns its record."""
+def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
+    """Only what may go away by itself: wrong settings and damaged data do not."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, RoadFuseError) or isinstance(error, ClusterLostError)
+
+
+@task(name="predict", retries=1, retry_delay_seconds=5, retry_condition_fn=_worth_another_try)
+def predict(
+    city_file: Path, scheduler: str, group: str = "map", weights: Path | None = None, full: bool = False,
+    allow_incomplete: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Predict what changed and publish the map; returns its record."""
     with Client(scheduler) as client, _tell() as tell:
-        return infer(load_city(city_file), str(weights) if weights else None, group, client, tell)
+        return infer(load_city(city_file), str(weights) if weights else None, group, client, tell, full, allow_incomplete)
 
 
 @task(name="export")
 def export_maps(city_file: Path) -> dict[str, Path]:
-    """Probability and road as cloud-optimised GeoTIFF."""
+    """Probability and road as cloud-optimised GeoTIFF, and a STAC item beside them."""
     city = load_city(city_file)
     reader, grid = MapReader(city), city.make_grid()
     out = city.workspace_path / "export"
-    return {
+    files = {
         name: write_cog(out / f"{city.name}-{name}.tif", grid, lambda *w, n=name: reader.window(n, *w), "uint8", NODATA, how)
         for name, how in LAYERS
     }
+    facts = {"roadfuse:model": reader.record["model_digest"], "roadfuse:cubes_snapshot": reader.record["cubes_snapshot"]}
+    item = write_item(out / f"{city.name}.json", city.name, grid, files, datetime.fromisoformat(reader.record["made"]), facts)
+    return {**files, "stac item": item}
 
 
 @task(name="score")
-def score(city_file: Path, group: str = "map") -> CityScores:
+def score(city_file: Path, scheduler: str, group: str = "map") -> CityScores:
     """Scores against the labels."""
-    with _tell() as tell:
-        return score_city(load_city(city_file), group, tell)
+    with Client(scheduler) as client, _tell() as tell:
+        return score_city(load_city(city_file), group, tell, client)
 
 
 @task(name="report")

@@ -1,5 +1,6 @@
 """The cube of integer sums: written in whole dumps, read in windows, rendered to layers."""
 
+from roadfuse_core.cubes._chunks import Chunks
 from roadfuse_core.cubes._expire import Expiry, expire
 from roadfuse_core.cubes._ingest import changed_tiles, ingest
 from roadfuse_core.cubes._plan import (
@@ -13,20 +14,26 @@ from roadfuse_core.cubes._plan import (
     ledger,
     plan_ingest,
     snapshots,
+    worker_memory,
 )
 from roadfuse_core.cubes._read import CubeReader
 from roadfuse_core.cubes._render import FIXED_POINT, MEANS, Layer, halo_px, render
 from roadfuse_core.cubes._repository import (
+    ZSTD,
     committer_lock,
     grid_attributes,
     open_repository,
     publish,
     read_group,
+    storing,
+    write_coordinates,
 )
 
 __all__ = [
     "FIXED_POINT",
     "MEANS",
+    "ZSTD",
+    "Chunks",
     "CubeReader",
     "Expiry",
     "Forecast",
@@ -50,4 +57,7 @@ __all__ = [
     "read_group",
     "render",
     "snapshots",
+    "storing",
+    "worker_memory",
+    "write_coordinates",
 ]

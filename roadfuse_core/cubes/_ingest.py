@@ -8,8 +8,6 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from roadfuse_core.cubes._repository import (
     open_repository,
     publish,
     read_group,
+    storing,
 )
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.grid import Grid, TileIndex
@@ -84,7 +83,7 @@ def ingest(
     if spec is None:
         return None
     grid = city.make_grid()
-    with committer_lock(city.workspace_path), _storing(city.workspace_path):
+    with committer_lock(city.workspace_path), storing(city.workspace_path):
         outgoing = _outgoing(city, replace) if replace else []
         plan = plan_ingest(city, patterns, replace)
         if not plan.dump or plan.dump == replace:
@@ -101,19 +100,6 @@ def ingest(
         snapshot = _reduce(repository, spec, grid, entry, [*reports, *outgoing], replace, client, tell)
         _keep_contributions(city)
     return entry | {"snapshot": snapshot}
-
-
-@contextmanager
-def _storing(workspace: Path) -> Iterator[None]:
-    """A disk that is full or fails, as one line; what was published stays as it was."""
-    try:
-        yield
-    except (OSError, icechunk.IcechunkError) as error:
-        text = str(error).strip()
-        short = next(
-            (line.strip(" │├╰─▶") for line in text.splitlines() if "o space" in line), text.splitlines()[0] if text else ""
-        )
-        raise StoreError(f"{workspace}: cannot be written ({short}); the cube is as before: make room and run again") from error
 
 
 def _digest(spec: PointsSpec, grid: Grid, rows_per_slice: int) -> str:
@@ -193,8 +179,8 @@ def changed_tiles(city: City, since: str) -> set[TileIndex]:
         diff = repository.diff(from_snapshot_id=since, to_branch=MAIN)
     except icechunk.IcechunkError as error:
         raise StoreError(f"{cubes_path(city)}: snapshot {since} is no longer held; compare by a full run") from error
-    chunks = diff.updated_chunks.get("/total/count", [])
-    return {TileIndex(*place) for place in chunks}
+    totals = [chunks for path, chunks in diff.updated_chunks.items() if path.startswith("/total/")]
+    return {TileIndex(*place) for chunks in totals for place in chunks}
 
 
 def _slices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from roadfuse_core.cubes._render import Layer
 from roadfuse_core.cubes._repository import open_repository, read_group
 from roadfuse_core.errors import ConfigError
+from roadfuse_core.grid import TileIndex
 
 __all__ = ["CubeReader"]
 
@@ -67,3 +69,11 @@ class CubeReader:
         """The arrays that some layers read, and always the count."""
         names = sorted({"count", *(n for layer in layers for n in layer.arrays)})
         return {n: self.window(n, row, col, height, width) for n in names}
+
+    def occupied(self) -> list[TileIndex]:
+        """Tiles that hold a point, row-major; found by the chunks that there are, without reading them."""
+
+        async def listed() -> list[TileIndex]:
+            return [TileIndex(*place) async for place in self.root.store.session.chunk_coordinates("/total/count")]
+
+        return sorted(asyncio.run(listed()))

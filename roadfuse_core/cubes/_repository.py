@@ -14,19 +14,31 @@ import icechunk
 import numpy as np
 import zarr
 from icechunk import ManifestSplitCondition, ManifestSplitDimCondition, ManifestSplittingConfig
+from pyproj import CRS
 from zarr.codecs import ZstdCodec
 
 from roadfuse_core.cubes._render import FIXED_POINT
-from roadfuse_core.errors import StoreError
+from roadfuse_core.errors import RoadFuseError, StoreError
 from roadfuse_core.grid import Grid
 
-__all__ = ["FORMAT", "committer_lock", "create_arrays", "grid_attributes", "open_repository", "publish", "read_group"]
+__all__ = [
+    "FORMAT",
+    "ZSTD",
+    "committer_lock",
+    "create_arrays",
+    "grid_attributes",
+    "open_repository",
+    "publish",
+    "read_group",
+    "storing",
+    "write_coordinates",
+]
 
 MAIN = "main"
 # Of the cube and its ledger; raised when either changes.
 FORMAT = 2
 EMPTY = "nothing was published yet; run `roadfuse ingest` or `roadfuse refresh` first"
-CODECS = (ZstdCodec(level=1),)
+ZSTD = (ZstdCodec(level=1),)
 # Icechunk warns that commits to a local disk must not run at the same time: `committer_lock` sees to that.
 icechunk.set_logs_filter("icechunk=error")
 
@@ -81,6 +93,25 @@ def committer_lock(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def storing(workspace: Path) -> Iterator[None]:
+    """A disk that is full or fails, as one line; what was published stays as it was.
+
+    Raises:
+        StoreError: Something could not be written.
+    """
+    try:
+        yield
+    except RoadFuseError:
+        raise
+    except (OSError, icechunk.IcechunkError) as error:
+        text = str(error).strip()
+        short = next(
+            (line.strip(" │├╰─▶") for line in text.splitlines() if "o space" in line), text.splitlines()[0] if text else ""
+        )
+        raise StoreError(f"{workspace}: cannot be written ({short}); all is as before: make room and run again") from error
+
+
 def publish(repository: icechunk.Repository, snapshot: str, base: str) -> None:
     """Move `main` to a finished snapshot in one step.
 
@@ -118,20 +149,21 @@ def create_arrays(root: zarr.Group, grid: Grid, names: tuple[str, ...], period: 
     for folder in ("period", "total"):
         group = root.require_group(folder)
         group.attrs.update(grid_attributes(grid))
-        _coordinates(group, grid)
+        write_coordinates(group, grid)
         for name in names:
             count = name == "count" or name.endswith("_count")
             lead: tuple[int, ...] = (0,) if folder == "period" else ()
             array = group.create_array(
                 name, shape=(*lead, height, width), chunks=(*(1 for _ in lead), grid.tile_px, grid.tile_px),
-                dtype="uint32" if count else "int64", fill_value=0, compressors=CODECS, filters=(),
+                dtype="uint32" if count else "int64", fill_value=0, compressors=ZSTD, filters=(),
                 dimension_names=(*(("period",) if lead else ()), "y", "x"),
             )  # fmt: skip
             array.attrs.update({"units_per_1": FIXED_POINT[name], "grid_mapping": "crs"})
     root.require_group("ledger").attrs.update({"dumps": {}})
 
 
-def _coordinates(group: zarr.Group, grid: Grid) -> None:
+def write_coordinates(group: zarr.Group, grid: Grid) -> None:
+    """Arrays `x`, `y` (metres, pixel centres) and `crs` (CF grid mapping), by which xarray and rioxarray place the others."""
     b, res = grid.bounds, grid.resolution_m
     for name, values in (
         ("y", b.top - (np.arange(grid.shape[0]) + 0.5) * res),
@@ -140,3 +172,6 @@ def _coordinates(group: zarr.Group, grid: Grid) -> None:
         array = group.create_array(name, shape=values.shape, dtype="float64", chunks=values.shape, dimension_names=(name,))
         array[:] = values
         array.attrs.update({"units": "m", "standard_name": f"projection_{name}_coordinate"})
+    crs = group.create_array("crs", shape=(), dtype="int64")
+    transform = " ".join(str(v) for v in grid.affine.to_gdal())
+    crs.attrs.update({"crs_wkt": CRS.from_user_input(grid.crs).to_wkt(), "GeoTransform": transform})

@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import rioxarray
+from affine import Affine
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
-from rasterio.enums import ColorInterp, Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
 
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Bounds, Grid
@@ -127,14 +129,14 @@ class ImageryReader:
         """Whether any file shares area with the grid."""
         return any(self.grid.tiles_covering(box) for _, box in self.files)
 
-    def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """RGB of a pixel rectangle, which may reach past the grid.
 
         Returns:
-            (3, height, width) float32 in 0 … 255, zeros where nothing is known; and (height, width) bool, where
-            something is. One band is shown as grey; a fourth and further bands are left out.
+            (3, height, width) uint8, zeros where nothing is known; and (height, width) bool, where something is. One band
+            is shown as grey; a fourth and further bands are left out.
         """
-        rgb = np.zeros((3, height, width), np.float32)
+        rgb = np.zeros((3, height, width), np.uint8)
         valid = np.zeros((height, width), bool)
         res, b = self.grid.resolution_m, self.grid.bounds
         left, top = b.left + col * res, b.top - row * res
@@ -144,18 +146,56 @@ class ImageryReader:
                 continue
             values, known = self._read(path, row, col, height, width)
             fresh = known & ~valid
-            rgb[:, fresh] = values[:, fresh]
+            if fresh.all():
+                rgb[:] = values
+            else:
+                np.copyto(rgb, values, where=fresh)
             valid |= known
         return rgb, valid
 
-    def _read(self, path: str, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        with (
-            open_raster(path, "imagery.sources", self.spec.crs) as (source, crs),
-            warped(source, crs, self.spec.nodata, self.grid, row, col, height, width, Resampling.bilinear) as vrt,
-        ):
-            known = vrt.dataset_mask() > 0
-            colours = 3 if source.count >= 3 else 1
-            values = np.asarray(rioxarray.open_rasterio(vrt))[:colours].astype(np.float32)
+    def boxes(self) -> list[Bounds]:
+        """Each file's box in the grid's CRS, in the order of the paths."""
+        return [box for _, box in self.files]
+
+    def _read(self, path: str, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        with open_raster(path, "imagery.sources", self.spec.crs) as (source, crs):
+            corner = self._corner(source, crs)
+            if corner is not None:
+                return self._read_aligned(source, row - corner[0], col - corner[1], height, width)
+            spec = self.spec
+            with warped(source, crs, spec.nodata, self.grid, row, col, height, width, Resampling.bilinear) as vrt:
+                return self._colours(np.asarray(rioxarray.open_rasterio(vrt))), vrt.dataset_mask() > 0
+
+    def _corner(self, source: DatasetReader, crs: str) -> tuple[int, int] | None:
+        """Row and column of the grid at which a file's pixels begin, where they are the grid's own; else None."""
+        plain = self.spec.nodata is None and source.nodata is None and ColorInterp.alpha not in source.colorinterp
+        if not plain or not all(MaskFlags.all_valid in flags for flags in source.mask_flag_enums):
+            return None
+        if CRS.from_user_input(crs) != CRS.from_user_input(self.grid.crs):
+            return None
+        to_pixel = ~self.grid.affine @ source.transform
+        if not to_pixel.almost_equals(Affine.translation(round(to_pixel.c), round(to_pixel.f)), 1e-6):
+            return None
+        return round(to_pixel.f), round(to_pixel.c)
+
+    def _read_aligned(
+        self, source: DatasetReader, row: int, col: int, height: int, width: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Without warping: the same bytes, in a fraction of the time."""
+        rgb, known = np.zeros((3, height, width), np.uint8), np.zeros((height, width), bool)
+        r0, r1, c0, c1 = max(row, 0), min(row + height, source.height), max(col, 0), min(col + width, source.width)
+        if r0 < r1 and c0 < c1:
+            at = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col))
+            bands = [1, 2, 3] if source.count >= 3 else [1]
+            rgb[:, at[0], at[1]] = self._colours(source.read(bands, window=Window(c0, r0, c1 - c0, r1 - r0)))
+            known[at] = True
+        return rgb, known
+
+    def _colours(self, values: NDArray[np.generic]) -> NDArray[np.uint8]:
+        """(bands, H, W) as (3 or 1, H, W) bytes."""
+        values = values[: 3 if len(values) >= 3 else 1]
+        if self.spec.value_range is None and values.dtype == np.uint8:
+            return values.astype(np.uint8, copy=False)
         low, high = self.spec.value_range or (0, 255)
-        values = np.nan_to_num((values - low) * np.float32(255 / (high - low)), nan=0).clip(0, 255)
-        return np.broadcast_to(values, (3, height, width)), known
+        scaled = np.nan_to_num((values.astype(np.float32) - low) * np.float32(255 / (high - low)), nan=0)
+        return np.rint(scaled.clip(0, 255)).astype(np.uint8)

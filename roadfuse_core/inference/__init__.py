@@ -1,5 +1,10 @@
-"""Inference: predictors, windows on Dask, the published map."""
+"""Inference: predictors, plans, windows on Dask, the published map."""
 
+from roadfuse_core.inference._blocks import Failure
+from roadfuse_core.inference._calibrate import Calibration, calibrate
+from roadfuse_core.inference._evidence import Evidence, read_evidence
+from roadfuse_core.inference._map import MapReader, MapRecord, maps_path
+from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._predictor import (
     KdeModel,
     Predictor,
@@ -8,19 +13,25 @@ from roadfuse_core.inference._predictor import (
     normalise_image,
     resolve_weights,
 )
-from roadfuse_core.inference._run import Evidence, MapReader, MapRecord, infer, maps_path, read_evidence
+from roadfuse_core.inference._run import IncompleteError, infer
 
 __all__ = [
+    "Calibration",
     "Evidence",
+    "Failure",
+    "IncompleteError",
     "KdeModel",
     "MapReader",
     "MapRecord",
     "Predictor",
     "PredictorRef",
+    "RefreshPlan",
+    "calibrate",
     "infer",
     "load_predictor",
     "maps_path",
     "normalise_image",
+    "plan_refresh",
     "read_evidence",
     "resolve_weights",
 ]

@@ -7,22 +7,35 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from roadfuse_core.cubes import Layer
 from roadfuse_core.errors import ConfigError
-from roadfuse_core.models import load_checkpoint, read_checkpoint_info
+from roadfuse_core.models import Prediction, load_checkpoint, read_checkpoint_info
 
-__all__ = ["KdeModel", "Predictor", "PredictorRef", "load_predictor", "normalise_image", "resolve_weights"]
+__all__ = [
+    "KdeModel",
+    "Precision",
+    "Predictor",
+    "PredictorRef",
+    "device_name",
+    "load_predictor",
+    "normalise_image",
+    "predictor_of",
+    "resolve_weights",
+]
 
 SHIPPED = {"default": "fused.safetensors", "kde": "kde.json"}
+Precision = Literal["32", "bf16"]
 
 
 class Predictor(Protocol):
@@ -32,16 +45,17 @@ class Predictor(Protocol):
     layers: tuple[Layer, ...]
     uses_image: bool
     window_px: int
+    planes: tuple[str, ...]
 
-    def predict(self, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """Probabilities in [0, 1].
 
         Args:
-            inputs: "image" (N, 3, H, W), normalised, zeros where unknown; "gps" (N, layers, H, W). A city without
-                imagery or without points leaves one out, and the network knows it as missing.
+            inputs: On the CPU: "image" (N, H, W, 4) uint8, red, green, blue and 255 where known; "gps" (N, H, W, layers)
+                float32. A city without imagery or without points leaves one out, and the network knows it as missing.
 
         Returns:
-            (N, H, W) float32.
+            (N, planes, H, W) float32: road first, then what else `planes` names (gates).
         """
 
 
@@ -51,12 +65,16 @@ class PredictorRef(BaseModel):
     Attributes:
         path: Checkpoint or KDE file.
         digest: Hash of its content; part of a refresh's identity.
+        precision: Of the forward pass.
+        turns: Average over the eight turns and reflections of a window.
     """
 
     model_config = ConfigDict(frozen=True)
 
     path: Path
     digest: str
+    precision: Precision = "32"
+    turns: bool = False
 
 
 class KdeModel(BaseModel):
@@ -85,15 +103,16 @@ class KdePredictor:
 
     uses_image = False
     window_px = 256
+    planes: tuple[str, ...] = ("probability",)
 
     def __init__(self, model: KdeModel, resolution_m: float) -> None:
         self.name, self.model = "kde", model
         self.layers: tuple[Layer, ...] = (model.layer(resolution_m),)
 
-    def predict(self, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Density to probability; (N, 1, H, W) → (N, H, W)."""
-        density = inputs["gps"][:, 0]
-        return density / (density + np.float32(self.model.threshold_per_m2))
+    def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """Density to probability; (N, H, W, 1) → (N, 1, H, W)."""
+        density = inputs["gps"].numpy()[..., 0][:, None]
+        return np.asarray(density / (density + np.float32(self.model.threshold_per_m2)), np.float32)
 
 
 @contextmanager
@@ -107,34 +126,87 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class NetworkPredictor:
-    """A checkpoint's network on the worker's device: bfloat16 on GPUs, float32 on one thread on CPUs."""
+def device_name() -> str:
+    """What computes here, in words; calibrations are kept by it."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu-{torch.backends.cpu.get_cpu_capability()}"
 
-    def __init__(self, path: Path) -> None:
-        network, info = load_checkpoint(path)
-        self.name = path.stem
+
+class NetworkPredictor:
+    """A checkpoint's network on the worker's device; one CPU thread, or one GPU."""
+
+    def __init__(self, ref: PredictorRef) -> None:
+        network, info = load_checkpoint(ref.path)
+        self.name, self.precision, self.turns = ref.path.stem, ref.precision, ref.turns
         self.layers = tuple(Layer.model_validate(layer) for layer in info.layers)
         self.uses_image = "image" in info.network.modalities
         self.window_px = info.window_px
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        gated = info.network.fusion in ("gated", "roadfuse")
+        self.planes = ("probability", *(f"gate_{n}" for n in info.network.modalities if gated))
 
     @torch.inference_mode()
-    def predict(self, inputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        """One forward pass."""
-        tensors = {
-            name: torch.from_numpy(inputs[name]).to(self.device, memory_format=torch.channels_last)
-            for name in self.network.config.modalities
-            if name in inputs
-        }
-        with _one_thread(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.network(tensors).logits
-        return np.asarray(logits.float().sigmoid()[:, 0].cpu().numpy())
+    def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """One forward pass; halves the batch as often as the GPU's memory asks for."""
+        try:
+            with _one_thread():
+                return self._forward(inputs)
+        except torch.OutOfMemoryError:
+            n = len(next(iter(inputs.values())))
+            if n == 1:
+                raise
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        halves = [{k: v[part] for k, v in inputs.items()} for part in (slice(None, n // 2), slice(n // 2, None))]
+        return np.concatenate([self.predict(half) for half in halves])
+
+    def _forward(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        tensors = {}
+        if "image" in inputs and self.uses_image:
+            rgba = inputs["image"].to(self.device, non_blocking=True).float()
+            known = rgba[..., 3:] * (1 / 255)
+            tensors["image"] = ((rgba[..., :3] * (1 / 255) - 0.5) * 4 * known).permute(0, 3, 1, 2)
+        if "gps" in inputs and self.layers:
+            tensors["gps"] = inputs["gps"].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        if not self.turns:
+            return self._planes(tensors).cpu().numpy()
+        total = None
+        for k in range(8):
+            turned = {n: _turn(x, k).contiguous(memory_format=torch.channels_last) for n, x in tensors.items()}
+            back = _turn_back(self._planes(turned), k)
+            total = back if total is None else total + back
+        assert total is not None
+        return (total / 8).cpu().numpy()
+
+    def _planes(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            prediction = self.network(tensors)
+        road = prediction.logits.float().sigmoid()
+        return torch.cat([road, *(self._gate(prediction, p, road) for p in self.planes[1:])], 1)
+
+    @staticmethod
+    def _gate(prediction: Prediction, plane: str, like: Tensor) -> Tensor:
+        """The finest gate of a modality, at the window's size."""
+        prefix = f"gate/{plane.removeprefix('gate_')}/"
+        levels = [k for k in prediction.maps if k.startswith(prefix)]
+        best = max(levels, key=lambda k: prediction.maps[k].shape[-1])
+        size = like.shape[-2:]
+        return torch.nn.functional.interpolate(prediction.maps[best].float(), size, mode="bilinear").clamp(0, 1)
 
 
-def normalise_image(rgb: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """0 … 255 to about -2 … 2; zero where unknown."""
-    return np.where(valid, (rgb / 255 - 0.5) / 0.25, 0).astype(np.float32)
+def _turn(x: Tensor, k: int) -> Tensor:
+    x = torch.rot90(x, k % 4, (2, 3))
+    return x.flip(3) if k >= 4 else x
+
+
+def _turn_back(x: Tensor, k: int) -> Tensor:
+    x = x.flip(3) if k >= 4 else x
+    return torch.rot90(x, -(k % 4), (2, 3))
+
+
+def normalise_image(rgb: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """0 … 255 to -2 … 2, as networks take it; zero where unknown."""
+    return np.where(valid, (rgb.astype(np.float32) / 255 - 0.5) / 0.25, 0).astype(np.float32)
 
 
 def resolve_weights(weights: str, root: Path) -> PredictorRef:
@@ -170,5 +242,11 @@ def _read_kde(path: Path) -> KdeModel:
 def load_predictor(ref: PredictorRef, resolution_m: float) -> Predictor:
     """The predictor behind a file, ready to run on this worker's device."""
     if ref.path.suffix == ".safetensors":
-        return NetworkPredictor(ref.path)
+        return NetworkPredictor(ref)
     return KdePredictor(_read_kde(ref.path), resolution_m)
+
+
+@lru_cache(maxsize=2)
+def predictor_of(ref: PredictorRef, resolution_m: float) -> Predictor:
+    """This process's predictor, loaded once; the plugin of the workers fills it before work begins."""
+    return load_predictor(ref, resolution_m)

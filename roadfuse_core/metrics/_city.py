@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from dask.distributed import Client
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from roadfuse_core.cluster import Progress, quiet
+from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, render
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import TileIndex, split_tiles
@@ -25,17 +26,19 @@ from roadfuse_core.settings import City
 __all__ = ["NEAR_M", "CityScores", "score_city", "tune_kde"]
 
 NEAR_M = 20.0
+TILES = 16  # that one job counts
 CityScores = dict[str, dict[str, float]]
 SIGMAS_M = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
 
-def score_city(city: City, group: str = "map", tell: Progress = quiet) -> CityScores:
+def score_city(city: City, group: str = "map", tell: Progress = quiet, client: Client | None = None) -> CityScores:
     """Scores of a published map, and the confusion counts of every tile in a Parquet file.
 
     Args:
         city: With labels.
         group: Which map.
         tell: Progress.
+        client: Dask, on which runs of tiles are counted; None counts here.
 
     Returns:
         Scores by subset: "test" (the tiles of the test split), "all", and, where the city has points, "test_near" and
@@ -45,11 +48,31 @@ def score_city(city: City, group: str = "map", tell: Progress = quiet) -> CitySc
         ConfigError: The city has no labels.
         StoreError: There is no such map yet.
     """
-    grid, labels, reader = city.make_grid(), _labels(city), MapReader(city, group)
-    splits, tiles, px = split_tiles(grid), grid.tiles(), grid.tile_px
+    _labels(city)
+    MapReader(city, group)
+    tiles = city.make_grid().tiles()
+    jobs = [_ScoreJob(city, group, tuple(tiles[k : k + TILES])) for k in range(0, len(tiles), TILES)]
+    rows = [row for found in run_jobs(client, _count_tiles, jobs, f"scoring {group}", tell) for row in found]
+    _write(city.workspace_path / "scores" / f"{group}.parquet", rows)
+    near = ("test_near", "all_near") if city.points else ()
+    return {name: asdict(_score(rows, name)) for name in ("test", "all", *near)}
+
+
+@dataclass(frozen=True)
+class _ScoreJob:
+    city: City
+    group: str
+    tiles: tuple[TileIndex, ...]
+
+
+def _count_tiles(job: _ScoreJob) -> list[dict[str, object]]:
+    """Confusion counts of some tiles, for every subset of their pixels."""
+    city = job.city
+    grid, labels, reader = city.make_grid(), _labels(city), MapReader(city, job.group)
+    splits, px = split_tiles(grid), grid.tile_px
     cube = CubeReader(cubes_path(city)) if city.points else None
     rows: list[dict[str, object]] = []
-    for done, tile in enumerate(tiles, start=1):
+    for tile in job.tiles:
         where = (tile.row * px, tile.col * px, px, px)
         road, known = labels.window(*where)
         if known.any():
@@ -57,9 +80,7 @@ def score_city(city: City, group: str = "map", tell: Progress = quiet) -> CitySc
             for subset, mask in _subsets(known, cube, where, grid.resolution_m):
                 counts = confusion(predicted, road, mask)
                 rows.append({"row": tile.row, "col": tile.col, "split": splits[tile], "subset": subset, **counts._asdict()})
-        tell(f"scoring {group}", done, len(tiles))
-    _write(city.workspace_path / "scores" / f"{group}.parquet", rows)
-    return {name: asdict(_score(rows, name)) for name in ("test", "all", *(("test_near", "all_near") if cube else ()))}
+    return rows
 
 
 def _labels(city: City) -> RoadMap:

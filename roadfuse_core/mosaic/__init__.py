@@ -1,6 +1,6 @@
 """Windows become one city raster, and the raster a file."""
 
 from roadfuse_core.mosaic._blend import NODATA, PROBABILITY_SCALE, Accumulator, to_probability
-from roadfuse_core.mosaic._export import write_cog
+from roadfuse_core.mosaic._export import write_cog, write_item
 
-__all__ = ["NODATA", "PROBABILITY_SCALE", "Accumulator", "to_probability", "write_cog"]
+__all__ = ["NODATA", "PROBABILITY_SCALE", "Accumulator", "to_probability", "write_cog", "write_item"]

@@ -50,7 +50,14 @@ def overview_pictures(city: City) -> list[Picture]:
     out = []
     if city.imagery:
         images = ImageryReader(city.imagery, find_imagery(city), grid)
-        out.append(_picture(grid, lambda *w: images.window(*w)[0], "Image", "What the camera saw; black where there is none."))
+        out.append(
+            _picture(
+                grid,
+                lambda *w: images.window(*w)[0].astype(np.float32),
+                "Image",
+                "What the camera saw; black where there is none.",
+            )
+        )
     if city.points:
         cube = CubeReader(cubes_path(city))
         heat = _heat(_reduce(grid, lambda *w: cube.window("count", *w)[None].astype(np.float32), np.max))

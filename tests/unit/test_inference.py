@@ -12,7 +12,16 @@ from roadfuse_core.cubes import CubeReader, cubes_path, halo_px, ingest, render
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import Lattice, blocks_of
 from roadfuse_core.imagery import ImageryReader, find_imagery
-from roadfuse_core.inference import MapReader, infer, load_predictor, normalise_image, resolve_weights
+from roadfuse_core.inference import (
+    MapReader,
+    infer,
+    load_predictor,
+    normalise_image,
+    plan_refresh,
+    resolve_weights,
+)
+from roadfuse_core.inference import _blocks as blocks_module
+from roadfuse_core.inference import _plan as planning
 from roadfuse_core.inference import _run as run
 from roadfuse_core.models import CheckpointInfo, build_network, preset, save_checkpoint
 from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE, write_cog
@@ -26,7 +35,8 @@ def mosaic(city, group="map"):
 def plain_reference(city):
     """The whole city by one loop over windows in floating point."""
     grid = city.make_grid()
-    predictor = load_predictor(resolve_weights("default", city.root), grid.resolution_m)
+    kept = plan_refresh(city).model
+    predictor = load_predictor(kept, grid.resolution_m)
     lattice = Lattice(predictor.window_px, predictor.window_px // 2)
     cube = CubeReader(cubes_path(city))
     images = ImageryReader(city.imagery, find_imagery(city), grid)
@@ -39,9 +49,14 @@ def plain_reference(city):
             rgb, valid = images.window(r, c, size, size)
             if not valid.any() and not sums["count"][halo:-halo, halo:-halo].any():
                 continue
-            one = {"image": normalise_image(rgb, valid)[None], "gps": render(sums, predictor.layers, halo)[None]}
+            rgba = np.concatenate([rgb, np.where(valid, 255, 0).astype(np.uint8)[None]])
+            gps = render(sums, predictor.layers, halo)
+            one = {
+                k: torch.from_numpy(np.ascontiguousarray(x.transpose(1, 2, 0)))[None]
+                for k, x in (("image", rgba), ("gps", gps))
+            }
             where = (slice(r + pad, r + pad + size), slice(c + pad, c + pad + size))
-            value[where] += predictor.predict(one)[0].astype(float) * lattice.weight()
+            value[where] += predictor.predict(one)[0, 0].astype(float) * lattice.weight()
             total[where] += lattice.weight()
     inner = (slice(pad, pad + height), slice(pad, pad + width))
     return value[inner] / np.maximum(total[inner], 1), total[inner] > 0
@@ -66,7 +81,7 @@ def test_equal_to_the_plain_reference(ingested):
 def test_identical_for_any_block_size_and_number_of_workers(ingested, monkeypatch):
     infer(ingested)
     here = mosaic(ingested)
-    monkeypatch.setattr(run, "BLOCK_PX", 128)
+    monkeypatch.setattr(planning, "BLOCK_PX", 128)
     infer(ingested.model_copy(update={"workspace": ingested.workspace}), group="small")
     assert np.array_equal(mosaic(ingested, "small"), here)
     for workers in (1, 2):
@@ -82,7 +97,7 @@ def test_a_second_run_finds_nothing_to_do(ingested):
 
 
 def test_a_killed_run_takes_the_blocks_that_are_whole(ingested, monkeypatch):
-    monkeypatch.setattr(run, "BLOCK_PX", 256)
+    monkeypatch.setattr(planning, "BLOCK_PX", 256)
     computed = []
     real = run.predict_block
 
@@ -110,31 +125,32 @@ def test_a_killed_run_takes_the_blocks_that_are_whole(ingested, monkeypatch):
 class Constant:
     """Says one number everywhere."""
 
-    name, layers, uses_image, window_px = "constant", (), True, 64
+    name, layers, uses_image, window_px, planes = "constant", (), True, 64, ("probability",)
 
     def __init__(self, value):
         self.value = value
 
     def predict(self, inputs):
-        n, _, h, w = inputs["image"].shape
-        return np.full((n, h, w), self.value, np.float32)
+        n, h, w, _ = inputs["image"].shape
+        return np.full((n, 1, h, w), self.value, np.float32)
 
 
 class Brightness(Constant):
     """Shift-equivariant: each pixel from itself alone."""
 
     def predict(self, inputs):
-        return 1 / (1 + np.exp(-inputs["image"].mean(1)))
+        rgba = inputs["image"].numpy().transpose(0, 3, 1, 2)
+        return 1 / (1 + np.exp(-normalise_image(rgba[:, :3], rgba[:, 3:] > 0).mean(1, keepdims=True)))
 
 
 @pytest.fixture
 def with_predictor(monkeypatch):
     def install(predictor):
-        run._predictor.cache_clear()
-        monkeypatch.setattr(run, "load_predictor", lambda ref, resolution_m: predictor)
+        blocks_module.predictor_of.cache_clear()
+        monkeypatch.setattr(blocks_module, "predictor_of", lambda ref, resolution_m: predictor)
+        monkeypatch.setattr(planning, "load_predictor", lambda ref, resolution_m: predictor)
 
-    yield install
-    run._predictor.cache_clear()
+    return install
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])

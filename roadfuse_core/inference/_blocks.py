@@ -1,0 +1,300 @@
+"""What a worker does: predict the windows that start in a block, then assemble blocks from what all left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import icechunk
+import numpy as np
+import torch
+import zarr
+from dask.distributed import WorkerPlugin, get_worker
+from icechunk import IcechunkError
+from numpy.typing import NDArray
+from rasterio.errors import RasterioError
+from torch import Tensor
+
+from roadfuse_core.cubes import Chunks
+from roadfuse_core.errors import DataError, StoreError
+from roadfuse_core.grid import Block, Grid, Lattice
+from roadfuse_core.inference._evidence import Evidence, read_region
+from roadfuse_core.inference._predictor import Predictor, PredictorRef, predictor_of
+from roadfuse_core.mosaic import NODATA, Accumulator, to_probability
+
+__all__ = [
+    "AssembleJob",
+    "BlockJob",
+    "BlockReport",
+    "Failure",
+    "LoadModel",
+    "assemble_block",
+    "predict_block",
+    "region_of",
+    "windows_of",
+]
+
+log = logging.getLogger(__name__)
+# What bad data and a bad device raise; everything else is a bug and stops the refresh.
+FAULTS = (DataError, StoreError, RasterioError, IcechunkError, OSError, RuntimeError, ValueError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """One block to predict.
+
+    Attributes:
+        evidence: What to read.
+        model: Who predicts.
+        lattice: The city's windows.
+        block: Whose windows.
+        wanted: Packed bits, one for each window that starts in the block, row-major.
+        batch: Windows a forward pass.
+        scratch: Folder for what the block leaves.
+        lenient: Go on without windows that fail.
+    """
+
+    evidence: Evidence
+    model: PredictorRef
+    lattice: Lattice
+    block: Block
+    wanted: bytes
+    batch: int
+    scratch: str
+    lenient: bool = False
+
+    @property
+    def file(self) -> Path:
+        """What the block leaves, whole."""
+        return Path(self.scratch) / f"{self.block.row0}-{self.block.col0}.npz"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A window that could not be predicted.
+
+    Attributes:
+        row: Of the window's corner, pixels of the grid.
+        col: The same.
+        why: One line.
+    """
+
+    row: int
+    col: int
+    why: str
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What became of a block.
+
+    Attributes:
+        windows: Predicted.
+        failed: Windows without a prediction.
+        worker: Address of the worker; None in this process.
+    """
+
+    windows: int
+    failed: tuple[Failure, ...] = ()
+    worker: str | None = None
+
+
+class LoadModel(WorkerPlugin):
+    """Loads the model when a worker starts, also one that was started again; no weights travel through the graph."""
+
+    idempotent = True
+
+    def __init__(self, ref: PredictorRef, resolution_m: float) -> None:
+        self.ref, self.resolution_m = ref, resolution_m
+        self.name = f"roadfuse-model-{ref.digest}-{ref.precision}-{ref.turns}"
+
+    def setup(self, worker: Any) -> None:
+        """Called by Dask on each worker."""
+        predictor_of(self.ref, self.resolution_m)
+
+
+def windows_of(job: BlockJob) -> list[tuple[int, int]]:
+    """Corners of the wanted windows that start in the block."""
+    every = job.lattice.windows(job.block)
+    bits = np.unpackbits(np.frombuffer(job.wanted, np.uint8), count=len(every))
+    return [place for place, wanted in zip(every, bits, strict=True) if wanted]
+
+
+def region_of(lattice: Lattice, block: Block) -> Block:
+    """The rectangle that a block's windows cover; past the grid on all sides."""
+    rows, cols = lattice.starts(block.row0, block.row1), lattice.starts(block.col0, block.col1)
+    if not rows or not cols:
+        return Block(block.row0, block.col0, block.row0, block.col0)
+    return Block(rows[0], cols[0], rows[-1] + lattice.window_px, cols[-1] + lattice.window_px)
+
+
+def predict_block(job: BlockJob) -> BlockReport:
+    """Predict the wanted windows that start in a block and leave their sums in its scratch file.
+
+    Windows without a point and without a valid image pixel are skipped. A block whose file is whole is not computed again.
+    Where something fails, a strict job leaves no file and tells what; a lenient one tries window by window, and leaves a
+    file without those that fail.
+    """
+    if job.file.exists() and not (held := _held(job)).failed:
+        return held
+    predictor = predictor_of(job.model, job.evidence.grid.resolution_m)
+    region = region_of(job.lattice, job.block)
+    out = Accumulator(region, len(predictor.planes))
+    try:
+        failed: list[Failure] = []
+        done = _predict(job, predictor, region, windows_of(job), out)
+    except FAULTS as error:
+        if not job.lenient:
+            places = windows_of(job)
+            return BlockReport(0, tuple(Failure(*p, _line(error)) for p in places), _address())
+        out = Accumulator(region, len(predictor.planes))
+        done, failed = _one_by_one(job, predictor, out)
+    part = job.file.with_suffix(".part.npz")
+    told = {"windows": np.array(done), "failed": np.array(json.dumps([vars(f) for f in failed]))}
+    np.savez(part, **out.parts(job.lattice), **told)  # type: ignore[arg-type]
+    part.rename(job.file)
+    return BlockReport(done, tuple(failed), _address())
+
+
+def _held(job: BlockJob) -> BlockReport:
+    """What an earlier run left; a block with failures is tried again."""
+    with np.load(job.file) as held:
+        failed = tuple(Failure(**f) for f in json.loads(str(held["failed"])))
+        return BlockReport(int(held["windows"]), failed)
+
+
+def _predict(job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[int, int]], out: Accumulator) -> int:
+    """Read a rectangle and predict the windows in it that hold evidence; returns their number."""
+    if not places:
+        return 0
+    read = read_region(job.evidence, predictor.layers, predictor.uses_image, at)
+    size, weight = job.lattice.window_px, job.lattice.weight()
+    evident = [p for p in places if _cut(read.evident, p, at, size).any()]
+    tensors = {name: torch.from_numpy(x) for name, x in read.inputs.items()}
+    for first in range(0, len(evident), job.batch):
+        chosen = evident[first : first + job.batch]
+        batch = {name: _batch(x, chosen, at, size, job.batch) for name, x in tensors.items()}
+        for (row, col), planes in zip(chosen, predictor.predict(batch), strict=False):
+            out.add(row, col, planes, weight)
+    return len(evident)
+
+
+def _one_by_one(job: BlockJob, predictor: Predictor, out: Accumulator) -> tuple[int, list[Failure]]:
+    """Each window from its own reading, so that a damaged file costs only the windows that see the damage."""
+    size, done, failed = job.lattice.window_px, 0, []
+    for row, col in windows_of(job):
+        try:
+            done += _predict(job, predictor, Block(row, col, row + size, col + size), [(row, col)], out)
+        except FAULTS as error:
+            failed.append(Failure(row, col, _line(error)))
+    return done, failed
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _address() -> str | None:
+    try:
+        return str(get_worker().address)
+    except ValueError:
+        return None
+
+
+def _batch(x: Tensor, places: list[tuple[int, int]], region: Block, size: int, full: int) -> Tensor:
+    """(full, size, size, C): windows, then zeros. One shape for every batch, so that a logit never depends on it."""
+    out = torch.zeros(full, size, size, x.shape[2], dtype=x.dtype)
+    for k, (row, col) in enumerate(places):
+        r, c = row - region.row0, col - region.col0
+        out[k] = x[r : r + size, c : c + size]
+    return out
+
+
+def _cut(x: NDArray[Any], place: tuple[int, int], region: Block, size: int) -> NDArray[Any]:
+    r, c = place[0] - region.row0, place[1] - region.col0
+    return x[..., r : r + size, c : c + size]
+
+
+@dataclass(frozen=True)
+class AssembleJob:
+    """One block to write.
+
+    Attributes:
+        session: A fork of the staging session.
+        group: Which map.
+        grid: The city's grid.
+        lattice: Its windows.
+        block: Which pixels.
+        sources: Blocks whose windows reach it.
+        cells: (h, w) bool of the block: which may change; all others keep their value.
+        planes: "probability" and gates.
+        threshold: Probability, 0 … 254, from which a pixel is road.
+    """
+
+    session: icechunk.session.ForkSession
+    group: str
+    grid: Grid
+    lattice: Lattice
+    block: Block
+    sources: tuple[BlockJob, ...]
+    cells: NDArray[np.bool_] = field(compare=False)
+    planes: tuple[str, ...] = ("probability",)
+    threshold: int = 127
+
+
+def assemble_block(job: AssembleJob) -> tuple[Any, int, int]:
+    """Add up what all blocks left over this one, and write its tiles where they differ from what stands.
+
+    Returns:
+        The fork with the written chunks, and by how many the pixels without data and of road have grown.
+    """
+    block = job.block
+    total = Accumulator(block, len(job.planes))
+    for source in job.sources:
+        with np.load(source.file) as held:
+            total.merge(held)
+    made = to_probability(total.sums)  # (planes, h, w)
+    chunks = Chunks(job.session.store, zarr.open_group(job.session.store))
+    fresh = np.repeat(np.repeat(job.cells, job.lattice.stride_px, 0), job.lattice.stride_px, 1)[
+        : made.shape[1], : made.shape[2]
+    ]
+    road = np.where(made[0] == NODATA, NODATA, made[0] >= job.threshold).astype(np.uint8)
+    layers = dict(zip((*job.planes, "road"), (*made, road), strict=True))
+    grown = np.zeros(2, np.int64)
+    for place, at in _tiles(job.grid, block):
+        if fresh[at].any():
+            for name, values in layers.items():
+                grown += _write_tile(chunks, f"{job.group}/{name}", place, values[at], fresh[at], name == "road")
+    chunks.flush()
+    return job.session, int(grown[0]), int(grown[1])
+
+
+def _tiles(grid: Grid, block: Block) -> list[tuple[tuple[int, int], tuple[slice, slice]]]:
+    """Place of each tile of a block, and its pixels counted from the block's corner."""
+    px = grid.tile_px
+    return [
+        ((r // px, c // px), (slice(r - block.row0, r - block.row0 + px), slice(c - block.col0, c - block.col0 + px)))
+        for r in range(block.row0, block.row1, px)
+        for c in range(block.col0, block.col1, px)
+    ]
+
+
+def _write_tile(
+    chunks: Chunks, path: str, place: tuple[int, int], values: NDArray[np.uint8], fresh: NDArray[np.bool_], road: bool
+) -> NDArray[np.int64]:
+    """Write a chunk if it changes; by how many pixels without data and of road grew, told for the road alone."""
+    held = chunks.read(path, place)
+    old = np.full(values.shape, NODATA, np.uint8) if held is None else held.reshape(values.shape)
+    new = np.where(fresh, values, old)
+    if not np.array_equal(new, old):
+        if (new == NODATA).all():
+            chunks.remove(path, place)
+        else:
+            chunks.write(path, place, new)
+    if not road:
+        return np.zeros(2, np.int64)
+    return np.array([np.sum(new == v, dtype=np.int64) - np.sum(old == v, dtype=np.int64) for v in (NODATA, 1)])

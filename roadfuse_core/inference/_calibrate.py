@@ -1,0 +1,104 @@
+"""Batch size and precision, found by measurement once for a model on a device, and kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roadfuse_core.inference._predictor import Precision, Predictor, PredictorRef, device_name, load_predictor
+from roadfuse_core.settings import ModelSpec
+
+__all__ = ["Calibration", "calibrate"]
+
+log = logging.getLogger(__name__)
+CPU_BATCHES, GPU_BATCHES = (1, 2, 4, 8), (8, 16, 32, 64, 128)
+ENOUGH = 0.97  # of the best throughput: a smaller batch pads less
+# bf16 is taken where at most so many pixels change sides, on windows of this city.
+CHANGED = 0.002
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model runs on the workers' device.
+
+    Attributes:
+        device: In words.
+        batch: Windows a forward pass; every batch has this size, so that no logit depends on the cut.
+        precision: Of the forward pass.
+        window_s: Seconds of a window in such a batch.
+        changed: Share of pixels that bf16 moved across one half; 0 where it was not tried.
+    """
+
+    device: str
+    batch: int
+    precision: Precision
+    window_s: float
+    changed: float
+
+
+def calibrate(ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, Tensor], folder: Path) -> Calibration:
+    """What the settings ask for, and for the rest what is fastest; measured once, then read from the folder.
+
+    Args:
+        ref: The model.
+        spec: `batch` and `precision`, None or "auto" where they are to be found.
+        resolution_m: Of the city.
+        sample: Some windows of the city as the predictor takes them.
+        folder: Of calibrations.
+    """
+    asked = f"{ref.digest}-{device_name().replace(' ', '-')}-{spec.precision}-{spec.batch or 'auto'}{'-turns' * ref.turns}"
+    path = folder / f"{asked}.json"
+    if path.is_file():
+        return Calibration(**json.loads(path.read_text()))
+    precision, changed = _precision(ref, spec, resolution_m, sample)
+    predictor = load_predictor(ref.model_copy(update={"precision": precision}), resolution_m)
+    sizes = (spec.batch,) if spec.batch else GPU_BATCHES if torch.cuda.is_available() else CPU_BATCHES
+    measured = {n: _window_seconds(predictor, sample, n) for n in sizes}
+    fastest = min(measured.values())
+    batch = next(n for n in sizes if measured[n] * ENOUGH <= fastest)
+    found = Calibration(device_name(), batch, precision, measured[batch], changed)
+    log.info("%s on %s: batch %d, %s, %.1f ms a window", ref.path.stem, found.device, batch, precision, 1e3 * measured[batch])
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(found)))
+    return found
+
+
+def _precision(ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, Tensor]) -> tuple[Precision, float]:
+    if spec.precision != "auto":
+        return spec.precision, 0.0
+    if ref.path.suffix != ".safetensors" or not _has_bf16():
+        return "32", 0.0
+    exact, half = (load_predictor(ref.model_copy(update={"precision": p}), resolution_m) for p in ("32", "bf16"))
+    a, b = (p.predict(sample)[:, 0] > 0.5 for p in (exact, half))
+    changed = float(np.mean(a != b))
+    faster = _window_seconds(half, sample, 2) < _window_seconds(exact, sample, 2)
+    return ("bf16" if faster and changed <= CHANGED else "32"), changed
+
+
+def _has_bf16() -> bool:
+    """Whether the chip multiplies bfloat16 itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _window_seconds(predictor: Predictor, sample: dict[str, Tensor], batch: int) -> float:
+    """The best of three, after one to warm up; infinite where it does not fit the device."""
+    held = len(next(iter(sample.values())))
+    inputs = {k: v[torch.arange(batch) % held] for k, v in sample.items()}
+    best = float("inf")
+    try:
+        for run in range(4):
+            began = time.perf_counter()
+            predictor.predict(inputs)
+            best = min(best, (time.perf_counter() - began) / batch) if run else best
+    except torch.OutOfMemoryError:
+        return float("inf")
+    return best

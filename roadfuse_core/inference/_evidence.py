@@ -1,0 +1,103 @@
+"""What a refresh reads: where it lies, what it is, and rectangles of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, render
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.grid import Block, Bounds, Grid
+from roadfuse_core.imagery import ImageryReader, find_imagery
+from roadfuse_core.settings import City, ImagerySpec
+
+__all__ = ["Evidence", "Region", "images_of", "read_evidence", "read_region"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where a refresh reads from; small, and the same on every worker.
+
+    Attributes:
+        grid: The city's grid.
+        cubes: Path of the cube repository; None without points.
+        snapshot: Which snapshot of it.
+        imagery: Imagery settings; None without images.
+        images: Absolute paths.
+    """
+
+    grid: Grid
+    cubes: str | None
+    snapshot: str | None
+    imagery: ImagerySpec | None
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of evidence.
+
+    Attributes:
+        inputs: "image" (H, W, 4) uint8, red, green, blue and 255 where known; "gps" (H, W, layers) float32.
+        evident: (H, W) bool, where there is a point or a valid image pixel.
+    """
+
+    inputs: dict[str, NDArray[np.generic]]
+    evident: NDArray[np.bool_]
+
+
+def read_evidence(city: City) -> Evidence:
+    """What the city's refresh would read now.
+
+    Raises:
+        ConfigError: Imagery is missing or lies elsewhere.
+        StoreError: The city has points but no cube yet.
+    """
+    grid, images = city.make_grid(), tuple(find_imagery(city))
+    if city.imagery and not ImageryReader(city.imagery, list(images), grid).covers():
+        raise ConfigError("imagery.sources", city.imagery.sources, "lies outside the city's bounds",
+                          "correct grid.bounds or the files")  # fmt: skip
+    snapshot = CubeReader(cubes_path(city)).snapshot if city.points else None
+    return Evidence(grid, str(cubes_path(city)) if city.points else None, snapshot, city.imagery, images)
+
+
+def images_of(evidence: Evidence) -> list[tuple[str, int, int, Bounds]]:
+    """Path, size, time of change (ns) and box of every image: what it is, and where it reaches."""
+    if not evidence.imagery:
+        return []
+    boxes = ImageryReader(evidence.imagery, list(evidence.images), evidence.grid).boxes()
+    return [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns, box) for p, box in zip(evidence.images, boxes, strict=True)]
+
+
+@lru_cache(maxsize=2)
+def readers_of(evidence: Evidence) -> tuple[CubeReader | None, ImageryReader | None]:
+    """A worker's own readers."""
+    cube = CubeReader(Path(evidence.cubes), evidence.snapshot) if evidence.cubes else None
+    images = ImageryReader(evidence.imagery, list(evidence.images), evidence.grid) if evidence.imagery else None
+    return cube, images
+
+
+def read_region(evidence: Evidence, layers: tuple[Layer, ...], uses_image: bool, at: Block) -> Region:
+    """Every input over a rectangle, which may reach past the grid."""
+    cube, images = readers_of(evidence)
+    height, width = at.row1 - at.row0, at.col1 - at.col0
+    inputs: dict[str, NDArray[np.generic]] = {}
+    evident = np.zeros((height, width), bool)
+    if cube:
+        halo = halo_px(layers)
+        sums = cube.sums(layers, at.row0 - halo, at.col0 - halo, height + 2 * halo, width + 2 * halo)
+        evident |= sums["count"][halo : halo + height, halo : halo + width] > 0
+        if layers:
+            inputs["gps"] = np.ascontiguousarray(render(sums, layers, halo).transpose(1, 2, 0))
+    if images and uses_image:
+        rgb, valid = images.window(at.row0, at.col0, height, width)
+        rgba = np.empty((height, width, 4), np.uint8)
+        rgba[..., :3], rgba[..., 3] = rgb.transpose(1, 2, 0), np.where(valid, 255, 0)
+        inputs["image"] = rgba
+        evident |= valid
+    return Region(inputs, evident)

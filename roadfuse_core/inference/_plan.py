@@ -1,0 +1,290 @@
+"""What a refresh would do: windows, blocks, memory, time; and what of the standing map it may keep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from roadfuse_core.cluster import count_gpus, count_workers
+from roadfuse_core.cubes import CubeReader, changed_tiles, halo_px, worker_memory
+from roadfuse_core.errors import ConfigError, StoreError
+from roadfuse_core.grid import Block, Bounds, Grid, Lattice, TileIndex, blocks_of
+from roadfuse_core.inference._blocks import BlockJob, region_of
+from roadfuse_core.inference._calibrate import Calibration, calibrate
+from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
+from roadfuse_core.inference._evidence import Evidence, images_of, read_evidence, read_region
+from roadfuse_core.inference._map import MapRecord, standing_record
+from roadfuse_core.inference._predictor import Predictor, PredictorRef, load_predictor, resolve_weights
+from roadfuse_core.settings import City
+
+__all__ = ["RefreshPlan", "plan_refresh"]
+
+BLOCK_PX = 1024
+GPU_BLOCK_PX = 4096
+SAMPLE = 4
+GIB = 2**30
+# A worker process with its libraries, before any data: measured by `python -m tests.benchmarks.inference`.
+PROCESS_BYTES = 600 * 2**20
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RefreshPlan:
+    """What a refresh would do.
+
+    Attributes:
+        digest: Of everything that decides the map; an equal one stands already.
+        evidence: What is read.
+        model: Who predicts, and how.
+        calibration: Batch, precision and speed.
+        lattice: The windows.
+        planes: Arrays of the map besides "road".
+        threshold: Probability, 0 … 254, from which a pixel is road.
+        coverage: Which windows and pixels.
+        standing: The record of the map that is kept in part, or None for a map from nothing.
+        base: The newest snapshot of the maps, or None.
+        why: Why everything is predicted anew; empty where only changes are.
+        windows: That will be predicted at most: those that may hold evidence.
+        of: All windows of the city that may hold evidence.
+        block_px: Edge of a block.
+        memory_bytes: Of a worker.
+        seconds: Expected, over all workers.
+        identity: What is kept in the record, to be compared with next time.
+    """
+
+    digest: str
+    evidence: Evidence
+    model: PredictorRef
+    calibration: Calibration
+    lattice: Lattice
+    planes: tuple[str, ...]
+    threshold: int
+    coverage: Coverage
+    standing: MapRecord | None
+    base: str | None
+    why: str
+    windows: int
+    of: int
+    block_px: int
+    memory_bytes: int
+    seconds: float
+    identity: Facts
+
+    def blocks(self) -> list[Block]:
+        """All blocks of the grid, row-major."""
+        grid = self.evidence.grid
+        return blocks_of(grid, max(1, self.block_px // grid.tile_px))
+
+    def jobs(self, scratch: Path) -> list[BlockJob]:
+        """Blocks with a window to predict."""
+        out = []
+        for block in self.blocks():
+            wanted = self._wanted(block)
+            if wanted.any():
+                bits = np.packbits(wanted).tobytes()
+                out.append(BlockJob(self.evidence, self.model, self.lattice, block, bits, self.calibration.batch, str(scratch)))
+        return out
+
+    def _wanted(self, block: Block) -> NDArray[np.bool_]:
+        s, over = self.lattice.stride_px, self.lattice.overhang_px
+        rows, cols = (self.lattice.starts(a, b) for a, b in ((block.row0, block.row1), (block.col0, block.col1)))
+        if not rows or not cols:
+            return np.zeros(0, bool)
+        r, c = (rows[0] + over) // s, (cols[0] + over) // s
+        return self.coverage.windows[r : r + len(rows), c : c + len(cols)].reshape(-1)
+
+    def cells(self, block: Block) -> NDArray[np.bool_]:
+        """Which cells of a block may change."""
+        s = self.lattice.stride_px
+        return self.coverage.cells[block.row0 // s : -(-block.row1 // s), block.col0 // s : -(-block.col1 // s)]
+
+
+def plan_refresh(city: City, weights: str | None = None, group: str = "map", full: bool = False) -> RefreshPlan:
+    """Plan a refresh; nothing of the city is predicted, and only its calibration is written.
+
+    Args:
+        city: Ingested.
+        weights: Instead of `model.weights`.
+        group: Which map.
+        full: Predict everything anew, whatever stands.
+
+    Raises:
+        ConfigError: The model cannot use what the city has, or a worker's memory is too small for it.
+        StoreError: The city has points but no cube yet.
+    """
+    ref = resolve_weights(weights or city.model.weights, city.root).model_copy(update={"turns": city.model.turns})
+    evidence = read_evidence(city)
+    grid = evidence.grid
+    predictor = load_predictor(ref, grid.resolution_m)
+    _require_fit(city, predictor, evidence)
+    lattice = Lattice(predictor.window_px, predictor.window_px // 2)
+    images = images_of(evidence) if predictor.uses_image else []
+    possible = _possible(evidence, lattice, images)
+    calibration = calibrate(ref, city.model, grid.resolution_m, _sample(evidence, predictor, lattice, possible),
+                            city.workspace_path / "calibration")  # fmt: skip
+    model = ref.model_copy(update={"precision": calibration.precision})
+    threshold = int(np.ceil(city.model.threshold * 254))
+    identity = _identity(evidence, model, calibration, lattice, threshold, images)
+    standing, base, kept, why = None, None, None, "there is no map yet"
+    if found := standing_record(city, group):
+        base, standing = found
+        kept, why = (None, "asked for") if full else _changes(city, standing, identity, evidence, predictor, lattice)
+    elif other := standing_record(city, "map"):
+        base = other[0]
+    coverage = whole(grid, lattice, possible) if kept is None else _around(kept, possible, lattice)
+    block_px = GPU_BLOCK_PX if count_gpus() else BLOCK_PX
+    windows = int(coverage.windows.sum())
+    return RefreshPlan(
+        digest=_hash([identity, group, base if kept is not None else None, full]), evidence=evidence, model=model,
+        calibration=calibration, lattice=lattice, planes=predictor.planes, threshold=threshold, coverage=coverage,
+        standing=None if kept is None else standing, base=base, why="" if kept is not None else why, windows=windows,
+        of=int(possible.sum()), block_px=block_px, memory_bytes=_memory(city, predictor, grid, lattice, calibration, block_px),
+        seconds=windows * calibration.window_s / count_workers(city.cluster), identity=identity,
+    )  # fmt: skip
+
+
+def _require_fit(city: City, predictor: Predictor, evidence: Evidence) -> None:
+    if not predictor.uses_image and evidence.cubes is None:
+        raise ConfigError("model.weights", city.model.weights, "needs trajectories, and the city has none", "add points")
+    if not predictor.layers and not evidence.images:
+        raise ConfigError("model.weights", city.model.weights, "needs imagery, and the city has none", "add imagery")
+    if evidence.cubes:
+        CubeReader(Path(evidence.cubes), evidence.snapshot).require(predictor.layers)
+
+
+def _possible(evidence: Evidence, lattice: Lattice, images: list[tuple[str, int, int, Bounds]]) -> NDArray[np.bool_]:
+    """Windows that touch an image's box or a tile with points."""
+    grid = evidence.grid
+    boxes = [_pixels(grid, box) for *_, box in images]
+    if evidence.cubes:
+        boxes += [_tile(grid, t) for t in CubeReader(Path(evidence.cubes), evidence.snapshot).occupied()]
+    return windows_meeting(grid, lattice, boxes)
+
+
+def _tile(grid: Grid, tile: TileIndex, halo: int = 0) -> Block:
+    px = grid.tile_px
+    return Block(tile.row * px - halo, tile.col * px - halo, (tile.row + 1) * px + halo, (tile.col + 1) * px + halo)
+
+
+def _pixels(grid: Grid, box: Bounds) -> Block:
+    """A box as whole pixels, a pixel wider for the interpolation at its rim, cut to the grid."""
+    b, res, (height, width) = grid.bounds, grid.resolution_m, grid.shape
+    row0, row1 = int((b.top - box.top) // res) - 1, -int((box.bottom - b.top) // res) + 1
+    col0, col1 = int((box.left - b.left) // res) - 1, -int((b.left - box.right) // res) + 1
+    return Block(max(row0, 0), max(col0, 0), min(row1, height), min(col1, width))
+
+
+def _identity(
+    evidence: Evidence, model: PredictorRef, calibration: Calibration, lattice: Lattice, threshold: int,
+    images: list[tuple[str, int, int, Bounds]],
+) -> Facts:  # fmt: skip
+    """What decides a map: the parts that cannot change without predicting everything, and those that can."""
+    settings = evidence.imagery.model_dump(mode="json") if evidence.imagery and images else None
+    fixed = {
+        "grid": asdict(evidence.grid), "imagery": {k: v for k, v in (settings or {}).items() if k != "sources"},
+        "model": model.digest, "turns": model.turns, "precision": calibration.precision, "batch": calibration.batch,
+        "device": calibration.device, "window_px": lattice.window_px, "stride_px": lattice.stride_px, "threshold": threshold,
+        "points": evidence.cubes is not None,
+    }  # fmt: skip
+    return {"fixed": fixed, "snapshot": evidence.snapshot, "images": [[p, size, ns, list(box)] for p, size, ns, box in images]}
+
+
+def _hash(parts: Sequence[Any]) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def _changes(
+    city: City, standing: MapRecord, identity: Facts, evidence: Evidence, predictor: Predictor, lattice: Lattice
+) -> tuple[NDArray[np.bool_] | None, str]:
+    """Windows that see anything new since the standing map; None, and why, where that cannot be told."""
+    before = standing.get("identity")
+    if before is None or before["fixed"] != identity["fixed"]:
+        names = [k for k in identity["fixed"] if before and before["fixed"].get(k) != identity["fixed"][k]]
+        return None, f"changed: {', '.join(names) or 'the format of the record'}"
+    boxes = [Block(row, col, row + lattice.window_px, col + lattice.window_px) for row, col, _ in standing["failed"]]
+    old, new = ({json.dumps(i) for i in facts["images"]} for facts in (before, identity))
+    boxes += [_pixels(evidence.grid, Bounds(*json.loads(i)[3])) for i in old ^ new]
+    if [i for i in before["images"] if i in identity["images"]] != [i for i in identity["images"] if i in before["images"]]:
+        return None, "changed: the order of the images"
+    if before["snapshot"] != identity["snapshot"]:
+        try:
+            halo = halo_px(predictor.layers)
+            boxes += [_tile(evidence.grid, t, halo) for t in changed_tiles(city, before["snapshot"])]
+        except StoreError:
+            return None, "the snapshot of the points behind the standing map was expired"
+    return windows_meeting(evidence.grid, lattice, boxes), ""
+
+
+def _around(changed: NDArray[np.bool_], possible: NDArray[np.bool_], lattice: Lattice) -> Coverage:
+    """Pixels that changed windows cover, and all windows that are blended there."""
+    cells = cells_of(changed, lattice)
+    return Coverage(windows_over(cells, lattice) & possible, cells)
+
+
+def _sample(evidence: Evidence, predictor: Predictor, lattice: Lattice, possible: NDArray[np.bool_]) -> dict[str, Tensor]:
+    """Some windows of the city, spread over it, for measurements; zeros where there is none with evidence."""
+    size, places = lattice.window_px, np.argwhere(possible)
+    chosen = (
+        places[np.linspace(0, len(places) - 1, min(SAMPLE, len(places))).astype(int)] if len(places) else np.zeros((1, 2), int)
+    )
+    read = []
+    for i, j in chosen:
+        row, col = int(i) * lattice.stride_px - lattice.overhang_px, int(j) * lattice.stride_px - lattice.overhang_px
+        try:
+            read.append(read_region(evidence, predictor.layers, predictor.uses_image, Block(row, col, row + size, col + size)))
+        except (OSError, RuntimeError, ValueError):  # a damaged file is the refresh's to tell
+            continue
+    if not read:
+        raise StoreError("no window of the city can be read; run `roadfuse check`")
+    return {k: torch.from_numpy(np.stack([r.inputs[k] for r in read])) for k in read[0].inputs}
+
+
+def _memory(city: City, predictor: Predictor, grid: Grid, lattice: Lattice, calibration: Calibration, block_px: int) -> int:
+    """Bytes that a worker needs.
+
+    Raises:
+        ConfigError: They are more than it has.
+    """
+    edge = max(block_px, grid.tile_px)
+    region = region_of(lattice, Block(0, 0, edge, edge))
+    side = region.row1 - region.row0 + 2 * halo_px(predictor.layers)
+    # Sums (8 bytes an array) and a layer while it is smoothed, layers, image twice, mask, accumulator, finished values.
+    arrays = len({name for layer in predictor.layers for name in layer.arrays} | {"count"})
+    pixel = (
+        8 * arrays + 12 + 4 * len(predictor.layers) + (11 if predictor.uses_image else 0) + 2 + 6 * (len(predictor.planes) + 1)
+    )
+    need = PROCESS_BYTES + side * side * pixel + _network_bytes(predictor, calibration.batch)
+    limit = worker_memory(city) if not count_gpus() else 64 * GIB
+    if need > limit:
+        problem = f"is less than the {need / GIB:.2f} GiB that a worker needs"
+        fix = "give it more, take fewer workers, or lower model.batch"
+        raise ConfigError("cluster.memory_gib", round(limit / GIB, 2), problem, fix)
+    return need
+
+
+def _network_bytes(predictor: Predictor, batch: int) -> int:
+    """Weights, and the largest outputs of a forward pass that are held together, roughly."""
+    network: nn.Module | None = getattr(predictor, "network", None)
+    if network is None:
+        return 0
+    weights = sum(p.numel() * 4 for p in network.parameters())
+    sizes: list[int] = []
+    hooks = [m.register_forward_hook(lambda _m, _i, o: sizes.append(o.numel() * 4) if isinstance(o, Tensor) else None)
+             for m in network.modules() if not list(m.children())]  # fmt: skip
+    size = predictor.window_px
+    with torch.inference_mode():
+        device = next(network.parameters()).device
+        config: dict[str, int] = network.config.modalities  # type: ignore[assignment,union-attr]
+        network({n: torch.zeros(1, c, size, size, device=device) for n, c in config.items()})
+    for hook in hooks:
+        hook.remove()
+    return 2 * weights + batch * sum(sorted(sizes)[-8:])
