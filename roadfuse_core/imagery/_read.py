@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
+from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
@@ -28,6 +28,8 @@ from roadfuse_core.grid import Bounds, Grid
 from roadfuse_core.settings import City, ImagerySpec
 
 __all__ = ["ImageryReader", "find_imagery", "imagery_identity", "open_raster", "warped"]
+
+SQUARE = 512
 
 
 def find_imagery(city: City) -> list[str]:
@@ -162,9 +164,33 @@ class ImageryReader:
             corner = self._corner(source, crs)
             if corner is not None:
                 return self._read_aligned(source, row - corner[0], col - corner[1], height, width)
-            spec = self.spec
-            with warped(source, crs, spec.nodata, self.grid, row, col, height, width, Resampling.bilinear) as vrt:
-                return self._colours(np.asarray(rioxarray.open_rasterio(vrt))), vrt.dataset_mask() > 0
+            return self._read_warped(source, crs, row, col, height, width)
+
+    def _read_warped(
+        self, source: DatasetReader, crs: str, row: int, col: int, height: int, width: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """By squares of the grid, so that a pixel does not depend on the rectangle.
+
+        GDAL approximates a warp over the rectangle that it is asked for, up to an eighth of a pixel.
+        """
+        rgb, known = np.zeros((3, height, width), np.uint8), np.zeros((height, width), bool)
+        for r in range(row // SQUARE * SQUARE, row + height, SQUARE):
+            for c in range(col // SQUARE * SQUARE, col + width, SQUARE):
+                values, seen = self._square(source, crs, r, c)
+                r0, r1, c0, c1 = max(r, row), min(r + SQUARE, row + height), max(c, col), min(c + SQUARE, col + width)
+                its = (slice(r0 - r, r1 - r), slice(c0 - c, c1 - c))
+                at = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col))
+                rgb[:, at[0], at[1]], known[at] = values[:, its[0], its[1]], seen[its]
+        return rgb, known
+
+    def _square(self, source: DatasetReader, crs: str, row: int, col: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        with (
+            warnings.catch_warnings(),
+            warped(source, crs, self.spec.nodata, self.grid, row, col, SQUARE, SQUARE, Resampling.bilinear) as vrt,
+        ):
+            # A value that the city file states goes before an alpha band.
+            warnings.simplefilter("ignore", NodataShadowWarning)
+            return self._colours(np.asarray(rioxarray.open_rasterio(vrt))), vrt.dataset_mask() > 0
 
     def _corner(self, source: DatasetReader, crs: str) -> tuple[int, int] | None:
         """Row and column of the grid at which a file's pixels begin, where they are the grid's own; else None."""

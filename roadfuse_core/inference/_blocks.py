@@ -22,7 +22,7 @@ from torch import Tensor
 from roadfuse_core.cubes import Chunks
 from roadfuse_core.errors import DataError, StoreError
 from roadfuse_core.grid import Block, Grid, Lattice
-from roadfuse_core.inference._evidence import Evidence, read_region
+from roadfuse_core.inference._evidence import Evidence, reach_px, read_region
 from roadfuse_core.inference._predictor import Predictor, PredictorRef, predictor_of
 from roadfuse_core.mosaic import NODATA, Accumulator, to_probability
 
@@ -171,7 +171,8 @@ def _predict(job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[
     """Read a rectangle and predict the windows in it that hold evidence; returns their number."""
     if not places:
         return 0
-    read = read_region(job.evidence, predictor.layers, predictor.uses_image, at)
+    reach = reach_px(job.lattice.window_px)
+    read = read_region(job.evidence, predictor.layers, predictor.uses_image, at, reach)
     size, weight = job.lattice.window_px, job.lattice.weight()
     evident = [p for p in places if _cut(read.evident, p, at, size).any()]
     tensors = {name: torch.from_numpy(x) for name, x in read.inputs.items()}
@@ -179,7 +180,7 @@ def _predict(job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[
         chosen = evident[first : first + job.batch]
         batch = {name: _batch(x, chosen, at, size, job.batch) for name, x in tensors.items()}
         for (row, col), planes in zip(chosen, predictor.predict(batch), strict=False):
-            out.add(row, col, planes, weight)
+            out.add(row, col, planes, weight * _cut(read.known, (row, col), at, size))
     return len(evident)
 
 

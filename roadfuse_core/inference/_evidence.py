@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, render
 from roadfuse_core.errors import ConfigError
@@ -16,7 +17,7 @@ from roadfuse_core.grid import Block, Bounds, Grid
 from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.settings import City, ImagerySpec
 
-__all__ = ["Evidence", "Region", "images_of", "read_evidence", "read_region"]
+__all__ = ["Evidence", "Region", "images_of", "reach_px", "read_evidence", "read_region"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class Region:
     Attributes:
         inputs: "image" (H, W, 4) uint8, red, green, blue and 255 where known; "gps" (H, W, layers) float32.
         evident: (H, W) bool, where there is a point or a valid image pixel.
+        known: (H, W) bool, where a map may say something: valid image, or a point within reach.
     """
 
     inputs: dict[str, NDArray[np.generic]]
     evident: NDArray[np.bool_]
+    known: NDArray[np.bool_]
 
 
 def read_evidence(city: City) -> Evidence:
@@ -74,6 +77,11 @@ def images_of(evidence: Evidence) -> list[tuple[str, int, int, Bounds]]:
     return [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns, box) for p, box in zip(evidence.images, boxes, strict=True)]
 
 
+def reach_px(window_px: int) -> int:
+    """How far from a point a map may say something: a quarter of a window."""
+    return window_px // 4
+
+
 @lru_cache(maxsize=2)
 def readers_of(evidence: Evidence) -> tuple[CubeReader | None, ImageryReader | None]:
     """A worker's own readers."""
@@ -82,16 +90,27 @@ def readers_of(evidence: Evidence) -> tuple[CubeReader | None, ImageryReader | N
     return cube, images
 
 
-def read_region(evidence: Evidence, layers: tuple[Layer, ...], uses_image: bool, at: Block) -> Region:
-    """Every input over a rectangle, which may reach past the grid."""
+def read_region(evidence: Evidence, layers: tuple[Layer, ...], uses_image: bool, at: Block, reach_px: int = 0) -> Region:
+    """Every input over a rectangle, which may reach past the grid.
+
+    Args:
+        evidence: What to read.
+        layers: GPS layers.
+        uses_image: Whether images are read.
+        at: The rectangle.
+        reach_px: How far from a point, along rows and columns, a map may still say something.
+    """
     cube, images = readers_of(evidence)
     height, width = at.row1 - at.row0, at.col1 - at.col0
     inputs: dict[str, NDArray[np.generic]] = {}
-    evident = np.zeros((height, width), bool)
+    evident, known = np.zeros((height, width), bool), np.zeros((height, width), bool)
     if cube:
-        halo = halo_px(layers)
+        halo = max(halo_px(layers), reach_px)
         sums = cube.sums(layers, at.row0 - halo, at.col0 - halo, height + 2 * halo, width + 2 * halo)
-        evident |= sums["count"][halo : halo + height, halo : halo + width] > 0
+        inner = (slice(halo, halo + height), slice(halo, halo + width))
+        points = sums["count"] > 0
+        evident |= points[inner]
+        known |= ndimage.maximum_filter(points, 2 * reach_px + 1)[inner]
         if layers:
             inputs["gps"] = np.ascontiguousarray(render(sums, layers, halo).transpose(1, 2, 0))
     if images and uses_image:
@@ -100,4 +119,5 @@ def read_region(evidence: Evidence, layers: tuple[Layer, ...], uses_image: bool,
         rgba[..., :3], rgba[..., 3] = rgb.transpose(1, 2, 0), np.where(valid, 255, 0)
         inputs["image"] = rgba
         evident |= valid
-    return Region(inputs, evident)
+        known |= valid
+    return Region(inputs, evident, known)

@@ -21,7 +21,7 @@ from roadfuse_core.grid import Block, Bounds, Grid, Lattice, TileIndex, blocks_o
 from roadfuse_core.inference._blocks import BlockJob, region_of
 from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
-from roadfuse_core.inference._evidence import Evidence, images_of, read_evidence, read_region
+from roadfuse_core.inference._evidence import Evidence, images_of, reach_px, read_evidence, read_region
 from roadfuse_core.inference._map import MapRecord, standing_record
 from roadfuse_core.inference._predictor import Predictor, PredictorRef, load_predictor, resolve_weights
 from roadfuse_core.settings import City
@@ -217,7 +217,7 @@ def _changes(
         return None, "changed: the order of the images"
     if before["snapshot"] != identity["snapshot"]:
         try:
-            halo = halo_px(predictor.layers)
+            halo = max(halo_px(predictor.layers), reach_px(lattice.window_px))
             boxes += [_tile(evidence.grid, t, halo) for t in changed_tiles(city, before["snapshot"])]
         except StoreError:
             return None, "the snapshot of the points behind the standing map was expired"
@@ -256,7 +256,7 @@ def _memory(city: City, predictor: Predictor, grid: Grid, lattice: Lattice, cali
     """
     edge = max(block_px, grid.tile_px)
     region = region_of(lattice, Block(0, 0, edge, edge))
-    side = region.row1 - region.row0 + 2 * halo_px(predictor.layers)
+    side = region.row1 - region.row0 + 2 * max(halo_px(predictor.layers), reach_px(lattice.window_px))
     # Sums (8 bytes an array) and a layer while it is smoothed, layers, image twice, mask, accumulator, finished values.
     arrays = len({name for layer in predictor.layers for name in layer.arrays} | {"count"})
     pixel = (

@@ -352,7 +352,7 @@ class Forests(Network):
 
 
 class RoadFuse(Network):
-    """Ours: one full branch of the first modality, slim encoders of a quarter of its width for the others.
+    """Ours: one full branch that sees all modalities together, slim encoders of a quarter of its width for all but the first.
 
     After every encoder stage the slim features are widened by 1×1 and weighed against the main ones by gates (softmax
     over the modalities, as in DeepDualMapper; absent ones get none), and each slim encoder is told the outcome (a 1×1
@@ -362,8 +362,8 @@ class RoadFuse(Network):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
-        first, *others = self.names
-        self.main = Branch(config, config.modalities[first])
+        others = self.names[1:]
+        self.main = Branch(config, sum(config.modalities.values()))
         slim = config.model_copy(update={"width": config.width / 4, "encoder": "resnet18"})
         self.slim = nn.ModuleDict({n: Branch(slim, config.modalities[n], whole=False) for n in others})
         widths = self.main.encoder.widths
@@ -380,6 +380,7 @@ class RoadFuse(Network):
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
         made, y = Encoded(), dict(x)
+        y[self.names[0]] = torch.cat([x[n] for n in self.names], 1)
         there = torch.cat([present[n] for n in self.names], 1)  # (N, modalities, 1, 1)
         maps: dict[str, Tensor] = {}
         for k in range(len(self.main.encoder.widths)):

@@ -1,40 +1,216 @@
-"""City throughput against the bare forward pass of the same network, batch and threads."""
+"""The inference engine against the bare forward pass of the same network, precision, batch and device.
 
+python -m tests.benchmarks.inference [--runs N] [--size M] [--only compact,full,bf16,change,memory,workers,orchestration]
+"""
+
+import argparse
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from roadfuse_core.cluster import open_cluster
 from roadfuse_core.cubes import ingest
-from roadfuse_core.inference import infer, load_predictor, resolve_weights
-from roadfuse_core.settings import load_city
+from roadfuse_core.grid import Lattice
+from roadfuse_core.inference import infer, load_predictor, plan_refresh
+from roadfuse_core.metrics import score_city
+from roadfuse_core.models import CheckpointInfo, build_network, load_checkpoint, preset, save_checkpoint
+from roadfuse_core.settings import City, ClusterSpec, load_city
 from roadfuse_core.simulate import CityKnobs, simulate_city
 
-RUNS = 5
+PARTS = ("compact", "full", "bf16", "change", "memory", "workers", "orchestration")
+
+
+def make_city(folder: Path, size_m: float, seed: int = 8, **knobs) -> City:
+    """A simulated city, ingested."""
+    made = CityKnobs(seed=seed, size_m=size_m, days=2, points_per_day=int(size_m**2 / 60), **knobs)
+    city = load_city(simulate_city(folder, made, 2))
+    ingest(city)
+    return city
+
+
+def bare(city: City, windows: int) -> float:
+    """Seconds of the forward passes alone, on inputs at hand."""
+    plan = plan_refresh(city)
+    predictor = load_predictor(plan.model, city.grid.resolution_m)
+    n, size = plan.calibration.batch, predictor.window_px
+    rng = np.random.default_rng(0)
+    inputs = {"image": torch.from_numpy(rng.integers(0, 255, (n, size, size, 4), dtype=np.uint8)),
+              "gps": torch.from_numpy(rng.random((n, size, size, len(predictor.layers)), dtype=np.float32))}  # fmt: skip
+    predictor.predict(inputs)
+    began = time.perf_counter()
+    for _ in range(-(-windows // n)):
+        predictor.predict(inputs)
+    return time.perf_counter() - began
+
+
+def ratio(city: City, runs: int) -> tuple[float, float, float]:
+    """Medians of paired runs: windows a second of the engine and of the bare forward pass, and their ratio."""
+    plan_refresh(city)
+    infer(city, group="warm", full=True)
+    pairs = []
+    for run in range(runs):
+        began = time.perf_counter()
+        windows = infer(city, group=f"run-{run}", full=True)["windows"]
+        whole = windows / (time.perf_counter() - began)
+        pairs.append((whole, windows / bare(city, windows)))
+    whole, alone = (statistics.median(v) for v in zip(*pairs, strict=True))
+    return whole, alone, statistics.median(a / b for a, b in pairs)
+
+
+def with_model(city: City, **changes) -> City:
+    """The city under other settings of its model."""
+    return city.model_copy(update={"model": city.model.model_copy(update=changes)})
+
+
+def full_size(folder: Path) -> Path:
+    """CMMPNet on D-LinkNet34 at its published width, freshly initialised; the compact network's layers."""
+    _, info = load_checkpoint(Path(__file__).parents[2] / "roadfuse_core/weights/fused.safetensors")
+    config = preset("cmmpnet-d-linknet34").model_copy(update={"modalities": {"image": 3, "gps": 2}})
+    path = folder / "cmmpnet.safetensors"
+    save_checkpoint(path, build_network(config), CheckpointInfo(**(info.model_dump() | {"network": config.model_dump()})))
+    return path
+
+
+def show_ratios(city: City, folder: Path, runs: int, only: list[str]) -> None:
+    """Throughput, and bf16 against float32."""
+    if "compact" in only:
+        for precision in ("32", "bf16"):
+            a, b, r = ratio(with_model(city, precision=precision), runs)
+            print(f"compact, {precision:<5} {a:7.1f} windows/s of {b:7.1f} bare: {r:.2f} (target 0.85)")
+    if "full" in only:
+        small = make_city(folder / "small", 768.0)
+        a, b, r = ratio(with_model(small, weights=str(full_size(folder)), precision="bf16"), max(1, runs // 3))
+        print(f"CMMPNet-D-LinkNet34, bf16 {a:6.2f} windows/s of {b:6.2f} bare: {r:.2f} (target 0.95)")
+    if "bf16" in only:
+        seconds, iou = {}, {}
+        for precision in ("32", "bf16"):
+            chosen = with_model(city, precision=precision, batch=4)
+            seconds[precision] = min(bare(chosen, 64) for _ in range(max(2, runs)))
+            infer(chosen, full=True)
+            iou[precision] = score_city(chosen)["all"]["g_iou"]
+        gain, change = seconds["32"] / seconds["bf16"], abs(iou["32"] - iou["bf16"])
+        print(f"bf16 against float32: {gain:.2f} × (target 2), g_iou changes by {change:.5f} (target 0.001)")
+
+
+def show_change(folder: Path) -> None:
+    """A dump that touches one per cent of the tiles, in one place."""
+    import pyarrow.parquet as pq
+    from pyproj import Transformer
+
+    city = make_city(folder / "wide", 5120.0)
+    first = infer(city, full=True)
+    grid, rng = city.make_grid(), np.random.default_rng(0)
+    table = pq.read_table(next((city.root / "dumps").glob("*.parquet"))).slice(0, 2000)
+    side = round(grid.tiles_x / 10) * grid.tile_px
+    east = grid.bounds.left + 1024 + rng.uniform(0, side, 2000)
+    north = grid.bounds.top - 1024 - rng.uniform(0, side, 2000)
+    lon, lat = Transformer.from_crs(grid.crs, 4326, always_xy=True).transform(east, north)
+    for name, values in (("lon", lon), ("lat", lat)):
+        table = table.set_column(table.schema.get_field_index(name), name, [values])
+    pq.write_table(table, city.root / "new.parquet")
+    began = time.perf_counter()
+    infer(city, group="whole", full=True)
+    whole = time.perf_counter() - began
+    ingest(city, ["new.parquet"])
+    began = time.perf_counter()
+    second = infer(city)
+    part = time.perf_counter() - began
+    print(f"1 % of {grid.n_tiles} tiles changed: {second['windows'] / first['windows']:.1%} of the windows (target 3 %), "
+          f"{part / whole:.1%} of the time")  # fmt: skip
+
+
+def show_memory(folder: Path) -> None:
+    """Peak memory of a worker process for 16 and for 1,600 tiles."""
+    peaks = {}
+    for tiles, size in ((16, 1024.0), (1600, 10_240.0)):
+        city = make_city(folder / f"tiles-{tiles}", size)
+        code = ("import sys; from pathlib import Path; from roadfuse_core.inference import infer; "
+                "from roadfuse_core.settings import load_city; infer(load_city(Path(sys.argv[1])), 'kde', 'memory', full=True); "
+                "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0])")  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(city.root / "city.yaml")], capture_output=True, text=True, check=True
+        )
+        peaks[tiles] = int(done.stdout.split()[-1]) / 1024
+        shutil.rmtree(city.root)
+    print(f"peak memory: {peaks[16]:.0f} MiB for 16 tiles, {peaks[1600]:.0f} MiB for 1,600: "
+          f"{peaks[1600] / peaks[16] - 1:+.0%} (target within 10 %)")  # fmt: skip
+
+
+def show_workers(city: City, runs: int) -> None:
+    """Two workers of one thread against one."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for run in range(runs):
+        for workers in (1, 2):
+            with open_cluster(ClusterSpec(workers=workers)) as client:
+                infer(city, group="warm-up", client=client, full=True)
+                began = time.perf_counter()
+                infer(city, group=f"workers-{workers}-{run}", client=client, full=True)
+                seconds[workers].append(time.perf_counter() - began)
+    gain = statistics.median(a / b for a, b in zip(seconds[1], seconds[2], strict=True))
+    print(f"2 workers against 1: {gain:.2f} × (target 1.8)")
+
+
+def nothing(job):
+    """A block's task without its work: what remains is Dask's."""
+    return len(Lattice(256, 128).windows(job.block))
+
+
+def show_orchestration(city: City) -> None:
+    """Dask and Prefect for a window, with tasks that do nothing."""
+    from prefect import flow, task
+
+    from roadfuse_core.cluster import run_jobs
+
+    plan = plan_refresh(city, full=True)
+    jobs = plan.jobs(Path("/nowhere")) * 20
+
+    @task
+    def predict(address):
+        from dask.distributed import Client
+
+        with Client(address) as client:
+            return sum(run_jobs(client, nothing, jobs, "nothing"))
+
+    @flow
+    def refresh(address):
+        return predict(address)
+
+    with open_cluster(ClusterSpec(workers=2)) as client:
+        refresh(client.scheduler.address)
+        began = time.perf_counter()
+        windows = refresh(client.scheduler.address)
+        print(f"orchestration: {1e3 * (time.perf_counter() - began) / windows:.2f} ms a window of {windows:,} (target 1)")
 
 
 def main() -> None:
-    """Print windows per second of both, and their ratio, as medians of paired runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        city = load_city(simulate_city(Path(folder), CityKnobs(seed=8, size_m=1024, days=2, points_per_day=20_000)))
-        ingest(city)
-        predictor = load_predictor(resolve_weights("default", city.root), 1.0)
-        size = predictor.window_px
-        batch = {"image": np.zeros((city.model.batch, 3, size, size), np.float32),
-                 "gps": np.zeros((city.model.batch, len(predictor.layers), size, size), np.float32)}  # fmt: skip
-        predictor.predict(batch)
-        bare, whole = [], []
-        for run in range(RUNS):
-            began = time.perf_counter()
-            windows = infer(city, group=f"run-{run}")["windows"]
-            whole.append(windows / (time.perf_counter() - began))
-            began = time.perf_counter()
-            for _ in range(-(-windows // city.model.batch)):
-                predictor.predict(batch)
-            bare.append(windows / (time.perf_counter() - began))
-    ratios = [w / b for w, b in zip(whole, bare, strict=True)]
-    print(f"inference, compact network, one thread, {RUNS} paired runs")
-    print(f"  bare forward pass  {statistics.median(bare):7.1f} windows/s")
-    print(f"  city               {statistics.median(whole):7.1f} windows/s, ratio {statistics.median(ratios):.2f}")
+    """Print a line for each target."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--size", type=float, default=2048.0)
+    parser.add_argument("--only", default=",".join(PARTS))
+    a, _ = parser.parse_known_args()
+    only = a.only.split(",")
+    print(f"inference, one thread a worker, {a.runs} paired runs where there are pairs")
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        city = make_city(folder / "city", a.size)
+        show_ratios(city, folder, a.runs, only)
+        if "change" in only:
+            show_change(folder)
+        if "memory" in only:
+            show_memory(folder)
+        if "workers" in only:
+            show_workers(city, a.runs)
+        if "orchestration" in only:
+            show_orchestration(city)
+
+
+if __name__ == "__main__":
+    main()

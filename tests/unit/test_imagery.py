@@ -168,3 +168,25 @@ def test_pixel_is_point_and_an_old_datum(real_data):
     assert 150 < np.hypot(corner[0] - plain[0], corner[1] - plain[1]) < 280
     assert abs(reader.files[0][1].left - corner[0]) < 10
     assert abs(reader.files[0][1].top - corner[1]) < 10
+
+
+def test_a_pixel_does_not_depend_on_the_rectangle_and_aligned_files_are_not_warped(tmp_path):
+    """Degrees warped onto the grid in any pieces; and the fast way of files on the grid's own pixels against the warp."""
+    rng, b = np.random.default_rng(0), GRID.bounds
+    values = rng.integers(0, 255, (700, 900))
+    west, south = Transformer.from_crs(GRID.crs, 4326, always_xy=True).transform(b.left - 100, b.top - 500)
+    path = write(tmp_path / "deg.tif", values, from_origin(west, south + 700e-5, 1e-5, 1e-5), "EPSG:4326")
+    reader = ImageryReader(ImagerySpec(sources=("a",)), [path], GRID)
+    rgb, known = reader.window(-64, -64, 400, 380)
+    assert known.any()
+    for row, col, height, width in ((-64, -64, 31, 200), (10, 3, 300, 33), (100, 200, 150, 100)):
+        part, seen = reader.window(row, col, height, width)
+        at = (slice(row + 64, row + 64 + height), slice(col + 64, col + 64 + width))
+        assert np.array_equal(part, rgb[:, at[0], at[1]])
+        assert np.array_equal(seen, known[at])
+    aligned = write(tmp_path / "own.tif", values, from_origin(b.left - 20, b.top + 30, 1, 1), "EPSG:32633")
+    reader = ImageryReader(ImagerySpec(sources=("a",)), [aligned], GRID)
+    fast = reader.window(-40, -30, 300, 290)
+    reader._corner = lambda source, crs: None
+    plain = reader.window(-40, -30, 300, 290)
+    assert all(np.array_equal(a, b) for a, b in zip(fast, plain, strict=True))
