@@ -175,7 +175,7 @@ def _predict(job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[
     read = read_region(job.evidence, predictor.layers, predictor.uses_image, at, reach)
     size, weight = job.lattice.window_px, job.lattice.weight()
     evident = [p for p in places if _cut(read.evident, p, at, size).any()]
-    tensors = {name: torch.from_numpy(x) for name, x in read.inputs.items()}
+    tensors = predictor.prepare(read.inputs)
     for first in range(0, len(evident), job.batch):
         chosen = evident[first : first + job.batch]
         batch = {name: _batch(x, chosen, at, size, job.batch) for name, x in tensors.items()}

@@ -7,10 +7,11 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from roadfuse_core.inference._predictor import Precision, Predictor, PredictorRef, device_name, load_predictor
 from roadfuse_core.settings import ModelSpec
@@ -43,14 +44,16 @@ class Calibration:
     changed: float
 
 
-def calibrate(ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, Tensor], folder: Path) -> Calibration:
+def calibrate(
+    ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, NDArray[Any]], folder: Path
+) -> Calibration:
     """What the settings ask for, and for the rest what is fastest; measured once, then read from the folder.
 
     Args:
         ref: The model.
         spec: `batch` and `precision`, None or "auto" where they are to be found.
         resolution_m: Of the city.
-        sample: Some windows of the city as the predictor takes them.
+        sample: Some windows of the city, (N, H, W, channels) each, as they are read.
         folder: Of calibrations.
     """
     asked = f"{ref.digest}-{device_name().replace(' ', '-')}-{spec.precision}-{spec.batch or 'auto'}{'-turns' * ref.turns}"
@@ -70,13 +73,15 @@ def calibrate(ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: d
     return found
 
 
-def _precision(ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, Tensor]) -> tuple[Precision, float]:
+def _precision(
+    ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, NDArray[Any]]
+) -> tuple[Precision, float]:
     if spec.precision != "auto":
         return spec.precision, 0.0
     if ref.path.suffix != ".safetensors" or not _has_bf16():
         return "32", 0.0
     exact, half = (load_predictor(ref.model_copy(update={"precision": p}), resolution_m) for p in ("32", "bf16"))
-    a, b = (p.predict(sample)[:, 0] > 0.5 for p in (exact, half))
+    a, b = (p.predict(p.prepare(sample))[:, 0] > 0.5 for p in (exact, half))
     changed = float(np.mean(a != b))
     faster = _window_seconds(half, sample, 2) < _window_seconds(exact, sample, 2)
     return ("bf16" if faster and changed <= CHANGED else "32"), changed
@@ -89,10 +94,10 @@ def _has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _window_seconds(predictor: Predictor, sample: dict[str, Tensor], batch: int) -> float:
+def _window_seconds(predictor: Predictor, sample: dict[str, NDArray[Any]], batch: int) -> float:
     """The best of three, after one to warm up; infinite where it does not fit the device."""
     held = len(next(iter(sample.values())))
-    inputs = {k: v[torch.arange(batch) % held] for k, v in sample.items()}
+    inputs = {k: v[torch.arange(batch) % held] for k, v in predictor.prepare(sample).items()}
     best = float("inf")
     try:
         for run in range(4):

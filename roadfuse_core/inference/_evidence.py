@@ -104,20 +104,23 @@ def read_region(evidence: Evidence, layers: tuple[Layer, ...], uses_image: bool,
     height, width = at.row1 - at.row0, at.col1 - at.col0
     inputs: dict[str, NDArray[np.generic]] = {}
     evident, known = np.zeros((height, width), bool), np.zeros((height, width), bool)
+    if images and uses_image:
+        rgb, valid = images.window(at.row0, at.col0, height, width)
+        rgba = np.empty((height, width, 4), np.uint8)
+        for band in range(3):
+            rgba[..., band] = rgb[band]
+        rgba[..., 3] = valid * np.uint8(255)
+        inputs["image"] = rgba
+        evident |= valid
+        known |= valid
     if cube:
-        halo = max(halo_px(layers), reach_px)
+        halo = halo_px(layers) if known.all() else max(halo_px(layers), reach_px)
         sums = cube.sums(layers, at.row0 - halo, at.col0 - halo, height + 2 * halo, width + 2 * halo)
         inner = (slice(halo, halo + height), slice(halo, halo + width))
         points = sums["count"] > 0
         evident |= points[inner]
-        known |= ndimage.maximum_filter(points, 2 * reach_px + 1)[inner]
+        if not known.all():
+            known |= ndimage.maximum_filter(points, 2 * reach_px + 1)[inner]
         if layers:
-            inputs["gps"] = np.ascontiguousarray(render(sums, layers, halo).transpose(1, 2, 0))
-    if images and uses_image:
-        rgb, valid = images.window(at.row0, at.col0, height, width)
-        rgba = np.empty((height, width, 4), np.uint8)
-        rgba[..., :3], rgba[..., 3] = rgb.transpose(1, 2, 0), np.where(valid, 255, 0)
-        inputs["image"] = rgba
-        evident |= valid
-        known |= valid
+            inputs["gps"] = np.stack(list(render(sums, layers, halo)), 2)
     return Region(inputs, evident, known)

@@ -230,7 +230,7 @@ def _around(changed: NDArray[np.bool_], possible: NDArray[np.bool_], lattice: La
     return Coverage(windows_over(cells, lattice) & possible, cells)
 
 
-def _sample(evidence: Evidence, predictor: Predictor, lattice: Lattice, possible: NDArray[np.bool_]) -> dict[str, Tensor]:
+def _sample(evidence: Evidence, predictor: Predictor, lattice: Lattice, possible: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
     """Some windows of the city, spread over it, for measurements; zeros where there is none with evidence."""
     size, places = lattice.window_px, np.argwhere(possible)
     chosen = (
@@ -245,7 +245,7 @@ def _sample(evidence: Evidence, predictor: Predictor, lattice: Lattice, possible
             continue
     if not read:
         raise StoreError("no window of the city can be read; run `roadfuse check`")
-    return {k: torch.from_numpy(np.stack([r.inputs[k] for r in read])) for k in read[0].inputs}
+    return {k: np.stack([r.inputs[k] for r in read]) for k in read[0].inputs}
 
 
 def _memory(city: City, predictor: Predictor, grid: Grid, lattice: Lattice, calibration: Calibration, block_px: int) -> int:

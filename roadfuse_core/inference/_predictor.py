@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -47,12 +47,22 @@ class Predictor(Protocol):
     window_px: int
     planes: tuple[str, ...]
 
+    def prepare(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        """What is cut into windows, made once of a whole rectangle.
+
+        Args:
+            inputs: "image" (H, W, 4) uint8, red, green, blue and 255 where known; "gps" (H, W, layers) float32.
+
+        Returns:
+            (H, W, channels) each, on the CPU.
+        """
+
     def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """Probabilities in [0, 1].
 
         Args:
-            inputs: On the CPU: "image" (N, H, W, 4) uint8, red, green, blue and 255 where known; "gps" (N, H, W, layers)
-                float32. A city without imagery or without points leaves one out, and the network knows it as missing.
+            inputs: Windows (N, H, W, channels) of what `prepare` returned. A city without imagery or without points leaves
+                one out, and the network knows it as missing.
 
         Returns:
             (N, planes, H, W) float32: road first, then what else `planes` names (gates).
@@ -109,6 +119,10 @@ class KdePredictor:
         self.name, self.model = "kde", model
         self.layers: tuple[Layer, ...] = (model.layer(resolution_m),)
 
+    def prepare(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        """The density as it is."""
+        return {name: torch.from_numpy(x) for name, x in inputs.items()}
+
     def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """Density to probability; (N, H, W, 1) → (N, 1, H, W)."""
         density = inputs["gps"].numpy()[..., 0][:, None]
@@ -145,6 +159,23 @@ class NetworkPredictor:
         gated = info.network.fusion in ("gated", "roadfuse")
         self.planes = ("probability", *(f"gate_{n}" for n in info.network.modalities if gated))
 
+    def prepare(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        """On a CPU normalised and in its precision: a pixel lies in several windows. To a GPU bytes travel."""
+        held = {name: torch.from_numpy(x) for name, x in inputs.items()}
+        if self.device.type == "cpu":
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            if "image" in held:
+                held["image"] = self._normalised(held["image"]).to(dtype)
+            if "gps" in held:
+                held["gps"] = held["gps"].to(dtype)
+        return held
+
+    @staticmethod
+    def _normalised(rgba: Tensor) -> Tensor:
+        """(…, 4) bytes to (…, 3) about -2 … 2; zero where unknown."""
+        values = rgba[..., :3].float().mul_(4 / 255).sub_(2)
+        return values if bool(rgba[..., 3].all()) else values.mul_(rgba[..., 3:] > 0)
+
     @torch.inference_mode()
     def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """One forward pass; halves the batch as often as the GPU's memory asks for."""
@@ -163,9 +194,8 @@ class NetworkPredictor:
     def _forward(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         tensors = {}
         if "image" in inputs and self.uses_image:
-            rgba = inputs["image"].to(self.device, non_blocking=True).float()
-            known = rgba[..., 3:] * (1 / 255)
-            tensors["image"] = ((rgba[..., :3] * (1 / 255) - 0.5) * 4 * known).permute(0, 3, 1, 2)
+            image = inputs["image"].to(self.device, non_blocking=True)
+            tensors["image"] = (self._normalised(image) if image.dtype == torch.uint8 else image).permute(0, 3, 1, 2)
         if "gps" in inputs and self.layers:
             tensors["gps"] = inputs["gps"].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if not self.turns:

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.cubes import ingest
@@ -41,8 +40,10 @@ def bare(city: City, windows: int) -> float:
     predictor = load_predictor(plan.model, city.grid.resolution_m)
     n, size = plan.calibration.batch, predictor.window_px
     rng = np.random.default_rng(0)
-    inputs = {"image": torch.from_numpy(rng.integers(0, 255, (n, size, size, 4), dtype=np.uint8)),
-              "gps": torch.from_numpy(rng.random((n, size, size, len(predictor.layers)), dtype=np.float32))}  # fmt: skip
+    inputs = predictor.prepare({
+        "image": np.full((n, size, size, 4), 255, np.uint8),
+        "gps": rng.random((n, size, size, len(predictor.layers)), dtype=np.float32),
+    })  # fmt: skip
     predictor.predict(inputs)
     began = time.perf_counter()
     for _ in range(-(-windows // n)):

@@ -478,10 +478,12 @@ def test_turns_are_the_mean_of_eight(city):
     total = 0
     for k in range(8):
         flipped = {n: torch.from_numpy(np.ascontiguousarray(_turned(x.numpy(), k))) for n, x in one.items()}
-        p = predictor.predict(flipped).transpose(0, 2, 3, 1)
+        p = predictor.predict(predictor.prepare({k: v.numpy() for k, v in flipped.items()})).transpose(0, 2, 3, 1)
         back = p[:, :, ::-1] if k >= 4 else p
         total = total + np.rot90(back, -(k % 4), (1, 2))
-    assert np.allclose(many.predict(one).transpose(0, 2, 3, 1), total / 8, atol=1e-5)
+    assert np.allclose(
+        many.predict(many.prepare({k: v.numpy() for k, v in one.items()})).transpose(0, 2, 3, 1), total / 8, atol=1e-5
+    )
 
 
 def _turned(x, k):

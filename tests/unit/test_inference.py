@@ -130,6 +130,9 @@ class Constant:
     def __init__(self, value):
         self.value = value
 
+    def prepare(self, inputs):
+        return {k: torch.from_numpy(x) for k, x in inputs.items()}
+
     def predict(self, inputs):
         n, h, w, _ = inputs["image"].shape
         return np.full((n, 1, h, w), self.value, np.float32)
