@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from roadfuse_core.cubes import Chunks
 from roadfuse_core.errors import DataError, StoreError
 from roadfuse_core.grid import Block, Grid, Lattice
-from roadfuse_core.inference._evidence import Evidence, reach_px, read_region
+from roadfuse_core.inference._evidence import Evidence, Region, reach_px, read_region
 from roadfuse_core.inference._predictor import Predictor, PredictorRef, predictor_of
 from roadfuse_core.mosaic import NODATA, Accumulator, to_probability
 
@@ -34,6 +35,7 @@ __all__ = [
     "LoadModel",
     "assemble_block",
     "predict_block",
+    "predict_chain",
     "region_of",
     "windows_of",
 ]
@@ -132,12 +134,40 @@ def region_of(lattice: Lattice, block: Block) -> Block:
     return Block(rows[0], cols[0], rows[-1] + lattice.window_px, cols[-1] + lattice.window_px)
 
 
-def predict_block(job: BlockJob) -> BlockReport:
+def predict_chain(jobs: tuple[BlockJob, ...]) -> list[BlockReport]:
+    """Predict blocks one after the other, while a thread reads the next one's evidence."""
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        ahead, reports = reader.submit(read_ahead, jobs[0]), []
+        for k, job in enumerate(jobs):
+            now = ahead
+            if k + 1 < len(jobs):
+                ahead = reader.submit(read_ahead, jobs[k + 1])
+            reports.append(predict_block(job, now))
+    return reports
+
+
+def read_ahead(job: BlockJob) -> Region | None:
+    """The evidence of a block; None where it is done."""
+    if job.file.exists() and not _held(job).failed:
+        return None
+    predictor = predictor_of(job.model, job.evidence.grid.resolution_m)
+    return _read(job, predictor, region_of(job.lattice, job.block))
+
+
+def _read(job: BlockJob, predictor: Predictor, at: Block) -> Region:
+    return read_region(job.evidence, predictor.layers, predictor.uses_image, at, reach_px(job.lattice.window_px))
+
+
+def predict_block(job: BlockJob, ahead: Future[Region | None] | None = None) -> BlockReport:
     """Predict the wanted windows that start in a block and leave their sums in its scratch file.
 
     Windows without a point and without a valid image pixel are skipped. A block whose file is whole is not computed again.
     Where something fails, a strict job leaves no file and tells what; a lenient one tries window by window, and leaves a
     file without those that fail.
+
+    Args:
+        job: The block.
+        ahead: Its evidence, read meanwhile.
     """
     if job.file.exists() and not (held := _held(job)).failed:
         return held
@@ -146,7 +176,8 @@ def predict_block(job: BlockJob) -> BlockReport:
     out = Accumulator(region, len(predictor.planes))
     try:
         failed: list[Failure] = []
-        done = _predict(job, predictor, region, windows_of(job), out)
+        held_ahead = ahead.result() if ahead else None
+        done = _predict(job, predictor, region, windows_of(job), out, held_ahead)
     except FAULTS as error:
         if not job.lenient:
             places = windows_of(job)
@@ -167,12 +198,13 @@ def _held(job: BlockJob) -> BlockReport:
         return BlockReport(int(held["windows"]), failed)
 
 
-def _predict(job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[int, int]], out: Accumulator) -> int:
+def _predict(
+    job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[int, int]], out: Accumulator, read: Region | None = None
+) -> int:
     """Read a rectangle and predict the windows in it that hold evidence; returns their number."""
     if not places:
         return 0
-    reach = reach_px(job.lattice.window_px)
-    read = read_region(job.evidence, predictor.layers, predictor.uses_image, at, reach)
+    read = read or _read(job, predictor, at)
     size, weight = job.lattice.window_px, job.lattice.weight()
     evident = [p for p in places if _cut(read.evident, p, at, size).any()]
     tensors = predictor.prepare(read.inputs)

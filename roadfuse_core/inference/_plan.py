@@ -262,7 +262,7 @@ def _memory(city: City, predictor: Predictor, grid: Grid, lattice: Lattice, cali
     pixel = (
         8 * arrays + 12 + 4 * len(predictor.layers) + (11 if predictor.uses_image else 0) + 2 + 6 * (len(predictor.planes) + 1)
     )
-    need = PROCESS_BYTES + side * side * pixel + _network_bytes(predictor, calibration.batch)
+    need = PROCESS_BYTES + 2 * side * side * pixel + _network_bytes(predictor, calibration.batch)
     limit = worker_memory(city) if not count_gpus() else 64 * GIB
     if need > limit:
         problem = f"is less than the {need / GIB:.2f} GiB that a worker needs"

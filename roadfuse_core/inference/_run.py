@@ -25,7 +25,7 @@ from roadfuse_core.inference._blocks import (
     Failure,
     LoadModel,
     assemble_block,
-    predict_block,
+    predict_chain,
     region_of,
     windows_of,
 )
@@ -36,6 +36,7 @@ from roadfuse_core.settings import City
 __all__ = ["IncompleteError", "infer"]
 
 log = logging.getLogger(__name__)
+CHAIN = 4  # blocks of one job: the next is read while one is computed
 
 
 class IncompleteError(RoadFuseError, RuntimeError):
@@ -91,25 +92,28 @@ def _predict(plan: RefreshPlan, scratch: Path, client: Client | None, tell: Prog
     jobs = plan.jobs(scratch)
     if client:
         client.register_plugin(LoadModel(plan.model, plan.evidence.grid.resolution_m))
-    reports = run_jobs(client, predict_block, jobs, "predicting blocks", tell, on_error=_killed)
+    workers = len(client.scheduler_info(n_workers=-1)["workers"]) if client else 1
+    length = max(1, min(CHAIN, len(jobs) // (3 * max(1, workers)))) if client else CHAIN
+    chains = [tuple(jobs[k : k + length]) for k in range(0, len(jobs), length)]
+    found = run_jobs(client, predict_chain, chains, "predicting", tell, on_error=_killed)
+    reports = [report for chain in found for report in chain]
     again = [k for k, report in enumerate(reports) if report.failed]
     if again:
         log.warning("%d blocks failed, the first because of %s; trying again", len(again), reports[again[0]].failed[0].why)
-        lenient = [replace(jobs[k], lenient=True) for k in again]
+        lenient = [(replace(jobs[k], lenient=True),) for k in again]
         avoid = [reports[k].worker for k in again]
-        second = run_jobs(client, predict_block, lenient, "trying failed blocks again", tell, on_error=_killed, avoid=avoid)
-        for k, report in zip(again, second, strict=True):
+        second = run_jobs(client, predict_chain, lenient, "trying failed blocks again", tell, on_error=_killed, avoid=avoid)
+        for k, (report,) in zip(again, second, strict=True):
             reports[k] = report
     return reports
 
 
-def _killed(job: BlockJob, error: Exception) -> BlockReport:
-    """A block that took several workers with it is a failure of its windows, not of the refresh."""
+def _killed(chain: tuple[BlockJob, ...], error: Exception) -> list[BlockReport]:
+    """Blocks that took several workers with them are a failure of their windows, not of the refresh."""
     if not isinstance(error, KilledWorker):
         raise error
-    return BlockReport(
-        0, tuple(Failure(*p, "KilledWorker: workers died of it; give them more memory") for p in windows_of(job))
-    )
+    why = "KilledWorker: workers died of it; give them more memory"
+    return [BlockReport(0, tuple(Failure(*place, why) for place in windows_of(job))) for job in chain]
 
 
 def _tell_failures(city: City, group: str, failed: Sequence[Failure], allowed: bool) -> None:

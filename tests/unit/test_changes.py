@@ -411,7 +411,7 @@ def test_a_lost_scheduler_is_told_and_the_work_is_kept(city, monkeypatch):
         time.sleep(6)
 
         def kill_it(what, done, total):
-            if what == "predicting blocks" and done == 4:
+            if what == "predicting" and done == 4:
                 scheduler.kill()
 
         with pytest.raises((ClusterLostError, OSError)), open_cluster(ClusterSpec(kind=f"tcp://127.0.0.1:{port}")) as client:

@@ -22,7 +22,6 @@ from roadfuse_core.inference import (
 )
 from roadfuse_core.inference import _blocks as blocks_module
 from roadfuse_core.inference import _plan as planning
-from roadfuse_core.inference import _run as run
 from roadfuse_core.models import CheckpointInfo, build_network, preset, save_checkpoint
 from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE, write_cog
 from roadfuse_core.settings import ClusterSpec
@@ -98,25 +97,21 @@ def test_a_second_run_finds_nothing_to_do(ingested):
 
 def test_a_killed_run_takes_the_blocks_that_are_whole(ingested, monkeypatch):
     monkeypatch.setattr(planning, "BLOCK_PX", 256)
-    computed = []
-    real = run.predict_block
+    computed, again = [], []
+    real = blocks_module._predict
 
-    def dies_at_third(job):
+    def dies_at_third(job, *a):
         if len(computed) == 2:
             raise KeyboardInterrupt
-        if not job.file.exists():
-            computed.append(job.block)
-        return real(job)
+        computed.append(job.block)
+        return real(job, *a)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "predict_block", dies_at_third)
+        patch.setattr(blocks_module, "_predict", dies_at_third)
         with pytest.raises(KeyboardInterrupt):
             infer(ingested)
-    again = []
     with monkeypatch.context() as patch:
-        patch.setattr(
-            run, "predict_block", lambda job: (again.append(job.block) if not job.file.exists() else None, real(job))[1]
-        )
+        patch.setattr(blocks_module, "_predict", lambda job, *a: (again.append(job.block), real(job, *a))[1])
         infer(ingested)
     assert len(again) == len(blocks_of(ingested.make_grid(), 2)) - 2
     assert not set(again) & set(computed)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from roadfuse_core.cubes import Layer, halo_px, render
 
@@ -60,3 +61,13 @@ def test_values_from_the_definitions():
 
 def test_a_cap_is_never_exceeded():
     assert render({"count": np.full((3, 3), 10**6)}, [Layer(kind="log_count", cap=64)]).max() == 1
+
+
+@given(st.integers(0, 10**6), st.floats(0.5, 6), st.integers(1, 14), st.integers(1, 40), st.integers(1, 40))
+def test_smoothing_is_scipys(seed, sigma, radius, height, width):
+    x = np.random.default_rng(seed).poisson(0.2, (height, width)).astype(np.int64)
+    got = render({"count": x}, [Layer(kind="count", sigma_px=sigma, radius_px=radius)], halo=0)[0]
+    expected = x.astype(np.float64)
+    for axis in (0, 1):
+        expected = ndimage.gaussian_filter1d(expected, sigma, axis, mode="constant", radius=radius)
+    assert np.abs(got - expected).max() <= 1e-6 * max(1, x.max())
