@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ if not console.is_terminal:
     console.width = 200
 # Points of a tile and period from which dense chunks pay.
 DENSE = 10_000
+HELD_BACK = 8  # exit code of a refresh whose map waits for its release
 CityFile = Annotated[Path, typer.Argument(metavar="CITY.yaml", help="The city file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
@@ -70,6 +72,8 @@ def refresh(
 
     result = flow(city_file.resolve(), baseline, full, allow_incomplete)
     _print_json(result) if as_json else _show_refresh(result)
+    if result["held"]:
+        sys.exit(HELD_BACK)
 
 
 def _show_refresh_plan(city: City, full: bool, as_json: bool) -> None:
@@ -344,6 +348,62 @@ def expire(
 
 
 @app.command()
+def release(city_file: CityFile) -> None:
+    """Publish the map that the gate held back."""
+    from roadfuse_core.inference import release as publish_held
+
+    record = publish_held(load_city(city_file))
+    console.print(f"published: map made {record['made']} by {record['model']}")
+
+
+@app.command()
+def rollback(
+    city_file: CityFile,
+    to: Annotated[str | None, typer.Option(metavar="TAG", help="A published map; by default the one before.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the published maps, say which, and change nothing.")] = False,
+) -> None:
+    """Make an earlier map the published one again; the points stay as they are."""
+    from roadfuse_core.inference import published
+    from roadfuse_core.inference import rollback as go_back
+
+    city = load_city(city_file)
+    if dry_run:
+        for tag, made in published(city):
+            console.print(f"{tag}  {made:%Y-%m-%d %H:%M:%S} UTC")
+    tag = go_back(city, to, dry_run)
+    console.print(f"{'would publish' if dry_run else 'published'} {tag}")
+
+
+@app.command()
+def serve(
+    city_file: CityFile,
+    cron: Annotated[str, typer.Option(help="When to refresh, UTC.")] = "0 3 * * 1",
+    watch_s: Annotated[int, typer.Option("--watch", min=0, help="Look for new dumps every so many seconds; 0 never.")] = 0,
+) -> None:
+    """Refresh a city on a schedule from this machine, without a work pool; stop it with Ctrl-C."""
+    city = load_city(city_file)
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("PREFECT_API_URL", None, "is not set", "start `prefect server start` and name its address")
+    _prepare_prefect()
+    from prefect import serve as serve_flows
+
+    from flows.backfill import backfill as backfill_flow
+    from flows.refresh import refresh as refresh_flow
+    from flows.watch import watch as watch_flow
+
+    parameters = {"city_file": str(city_file.resolve())}
+    tags = ["roadfuse", city.name]
+    deployments: list[Any] = [
+        refresh_flow.to_deployment(f"{city.name}-refresh", cron=cron, parameters=parameters, tags=tags, concurrency_limit=1),
+        backfill_flow.to_deployment(f"{city.name}-backfill", parameters=parameters, tags=tags, concurrency_limit=1),
+    ]
+    if watch_s:
+        deployments.append(watch_flow.to_deployment(f"{city.name}-watch", interval=watch_s, parameters=parameters, tags=tags,
+                                                    concurrency_limit=1))  # fmt: skip
+    serve_flows(*deployments, limit=1)
+
+
+@app.command()
 def models(as_json: AsJson = False) -> None:
     """Networks by name: paper, inputs, size, and operations for a window of 512²."""
     from roadfuse_core.models import PRESETS, describe
@@ -386,6 +446,10 @@ def _print_json(value: Any) -> None:
 
 def _show_refresh(result: dict[str, Any]) -> None:
     _show_scores(result["scores"])
+    for reason in result["held"]:
+        console.print(f"[yellow]held back: {reason}[/]")
+    if result["held"]:
+        console.print("the map before stays published; `roadfuse release` publishes this one")
     for name, path in result["files"].items():
         console.print(f"{name:<12} {path}")
 
@@ -421,15 +485,28 @@ def _show_ledger(dumps: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command; errors become one line each and an exit code."""
+    code = 0
+    # Registered first, so that it runs last: libraries written in C++ now and then abort while the system tears them down,
+    # after everything of ours is done, and would turn the exit code into a signal.
+    atexit.register(lambda: _leave(code))
     try:
         app()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except RoadFuseError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'disk'}: {error.strerror or error}; mend it and run again\n")
-        sys.exit(StoreError.exit_code)
+        code = StoreError.exit_code
+    sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

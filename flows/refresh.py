@@ -7,19 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run
+from prefect.states import Completed
+from pydantic import Field
 
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.metrics import CityScores
 from roadfuse_core.report import Stage
 from roadfuse_core.settings import City, load_city
-from tasks import stages
+from tasks import artifacts, stages
 
-__all__ = ["refresh"]
+__all__ = ["CityFile", "refresh", "run_name"]
+
+DAY_S = 24 * 3600
+CityFile = Annotated[Path, Field(title="City file", description="Path of city.yaml, as the worker sees it.")]
 
 
 class Stopwatch:
@@ -37,60 +42,81 @@ class Stopwatch:
 
 
 def run_name() -> str:
-    """City and day, for a list that a person can read."""
+    """City, flow and minute, for a list that a person can read."""
     path = Path(flow_run.parameters["city_file"])
     try:
         name = load_city(path).name
     except RoadFuseError:
         name = path.stem
-    return f"{name} {datetime.now(UTC):%Y-%m-%d %H:%M}"
+    return f"{name} {flow_run.flow_name} {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 
-@flow(name="refresh", flow_run_name=run_name)
-def refresh(city_file: Path, baseline: bool = True, full: bool = False, allow_incomplete: bool = False) -> dict[str, Any]:
+@flow(name="refresh", flow_run_name=run_name, timeout_seconds=DAY_S)
+def refresh(
+    city_file: CityFile,
+    baseline: Annotated[bool, Field(description="Also score kernel density, tuned on the training tiles.")] = True,
+    full: Annotated[bool, Field(description="Predict everything anew, not only what changed.")] = False,
+    allow_incomplete: Annotated[bool, Field(description="Publish although windows failed; they are no data.")] = False,
+) -> dict[str, Any]:
     """Bring a city up to date with its dumps, images and model.
 
-    Every stage is idempotent: a crashed refresh run again takes what is done.
+    Every stage is idempotent: a crashed refresh run again takes what is done. A map that fails the city's gate is held
+    back; the run ends as "Held back".
 
     Args:
         city_file: The city file.
-        baseline: Also predict by kernel density, tuned on the training tiles, where there are points and labels.
-        full: Predict everything anew, not only what changed.
-        allow_incomplete: Publish although windows could not be predicted; they are no data.
+        baseline: Also predict by kernel density, where there are points and labels.
+        full: Predict everything anew.
+        allow_incomplete: Publish although windows could not be predicted.
 
     Returns:
-        Scores by map, the files made, and the map's record.
+        Scores by map, the files made, the map's record, and why it is held back, if it is.
     """
-    city = load_city(city_file)
-    watch = Stopwatch()
+    city, watch = load_city(city_file), Stopwatch()
     with watch.stage("check"):
         stages.check(city_file)
     with watch.stage("start workers"), open_cluster(city.cluster) as client:
         scheduler: str = client.scheduler_info(n_workers=0)["address"]
+        dashboard, workers = client.dashboard_link, len(client.scheduler_info(n_workers=-1)["workers"])
         if city.points:
             with watch.stage("ingest dumps"):
                 stages.ingest_dumps(city_file, scheduler)
         with watch.stage("predict"):
-            record = stages.predict(city_file, scheduler, full=full, allow_incomplete=allow_incomplete)
-        scored = _score(city, city_file, scheduler, baseline, watch)
+            record = stages.predict(city_file, scheduler, full=full, allow_incomplete=allow_incomplete, hold=True)
+        held = bool(record.pop("held", False))
+        scored, reasons = _score(city, city_file, scheduler, record, held, baseline, watch)
     # The workers' stage was timed around all stages that ran on them: keep its own share.
     watch.stages[:] = _own_share(watch.stages)
-    with watch.stage("export"):
-        files = stages.export_maps(city_file)
-    page = stages.report(city_file, scored, watch.stages, files)
-    return {"scores": scored, "files": {**files, "report": page}, "record": record}
+    files: dict[str, Path] = {}
+    if not reasons:
+        with watch.stage("export"):
+            files = stages.export_maps(city_file)
+        files["report"] = stages.report(city_file, scored, watch.stages, files)
+    artifacts.summarise(city_file, record, scored, watch.stages, files, reasons, workers, dashboard)
+    stages.remember(city_file, record, scored, bool(reasons), sum(s.seconds for s in watch.stages))
+    result = {"scores": scored, "files": files, "record": record, "held": reasons}
+    return _held_state(result) if reasons else result
 
 
-def _score(city: City, city_file: Path, scheduler: str, baseline: bool, watch: Stopwatch) -> dict[str, CityScores]:
-    if "roads" not in city.labels:
-        return {}
-    with watch.stage("score"):
-        scored = {"map": stages.score(city_file, scheduler)}
-    if city.points and baseline:
+def _held_state(result: dict[str, Any]) -> Any:
+    """An end that stands out in a list of runs."""
+    return Completed(name="Held back", message="; ".join(result["held"]) + "; `roadfuse release` publishes it", data=result)
+
+
+def _score(
+    city: City, city_file: Path, scheduler: str, record: dict[str, Any], held: bool, baseline: bool, watch: Stopwatch
+) -> tuple[dict[str, CityScores], list[str]]:
+    """Score what is new, let the gate decide, and score kernel density beside what is published."""
+    labelled, scored = "roads" in city.labels, {}
+    if labelled:
+        with watch.stage("score"):
+            scored["map"] = stages.score(city_file, scheduler, held=held)
+    reasons: list[str] = stages.decide(city_file, record, scored) if held else []
+    if labelled and city.points and baseline and not reasons:
         with watch.stage("kernel density"):
             stages.predict(city_file, scheduler, "baseline", stages.tune_baseline(city_file))
             scored["baseline"] = stages.score(city_file, scheduler, "baseline")
-    return scored
+    return scored, reasons
 
 
 def _own_share(timed: list[Stage]) -> list[Stage]:

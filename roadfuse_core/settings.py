@@ -20,6 +20,7 @@ __all__ = [
     "ClusterSpec",
     "ColumnSpec",
     "CsvSpec",
+    "GateSpec",
     "GridSpec",
     "ImagerySpec",
     "InvalidCityError",
@@ -154,6 +155,16 @@ class ModelSpec(_Spec):
     turns: bool = Field(False, description="average over the eight turns of each window; eight times the work")
 
 
+class GateSpec(_Spec):
+    """What holds a new map back until a person releases it; null switches a rule off."""
+
+    g_iou_drop: float | None = Field(0.03, gt=0, le=1, description="g_iou on the test tiles falls by more than this")
+    coverage_drop: float | None = Field(0.05, gt=0, le=1, description="a larger share of the mapped area becomes no data")
+    rejected_rise: float | None = Field(
+        0.2, gt=0, le=1, description="the newest dump's rejected share exceeds the earlier ones' by more"
+    )
+
+
 class ClusterSpec(_Spec):
     """Where the work runs."""
 
@@ -177,6 +188,8 @@ class City(_Spec):
     existing_map: MapSpec | None = Field(None, description="the map that the new one is compared with")
     model: ModelSpec = Field(ModelSpec(), description="who predicts")
     cluster: ClusterSpec = Field(ClusterSpec(), description="where the work runs")
+    gate: GateSpec = Field(GateSpec(), description="what holds a new map back")
+    price_per_worker_hour: float | None = Field(None, ge=0, description="for the cost of a run, in any currency")
     root: Path = Field(Path(), exclude=True, description="folder of the city file; relative paths start here")
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ set only where a second try can help; every stage is safe to run again.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from datetime import datetime
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,34 +17,41 @@ from prefect import get_run_logger, task
 
 from roadfuse_core.check import check_city
 from roadfuse_core.cluster import ClusterLostError
-from roadfuse_core.cubes import ingest
+from roadfuse_core.cubes import files_between, ingest, ledger, plan_ingest
 from roadfuse_core.errors import RoadFuseError
-from roadfuse_core.inference import MapReader, infer
-from roadfuse_core.metrics import CityScores, score_city, tune_kde
+from roadfuse_core.inference import MapReader, infer, release
+from roadfuse_core.metrics import CityScores, append_history, judge, read_history, score_city, tune_kde
 from roadfuse_core.mosaic import NODATA, write_cog, write_item
 from roadfuse_core.report import Stage, write_report
 from roadfuse_core.settings import load_city
 from roadfuse_core.simulate import CityKnobs, simulate_city
+from roadfuse_core.training import load_recipe
+from roadfuse_core.training import train as train_network
+from tasks.artifacts import ProgressArtifact
 from tasks.progress import ConsoleProgress, LogProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LAYERS: tuple[tuple[str, Literal["average", "mode"]], ...] = (("probability", "average"), ("road", "mode"))
-__all__ = ["check", "export_maps", "ingest_dumps", "predict", "report", "score", "simulate", "tune_baseline"]
+__all__ = [
+    "backfill_dumps", "check", "decide", "export_maps", "ingest_dumps", "plan_backfill", "predict", "remember", "report",
+    "score", "simulate", "train", "tune_baseline",
+]  # fmt: skip
 
 
 @contextmanager
-def _tell() -> Iterator[Any]:
-    """Progress on the terminal and in Prefect's log."""
-    log = LogProgress(get_run_logger())
+def _tell(name: str = "roadfuse") -> Iterator[Any]:
+    """Progress on the terminal, in Prefect's log, and as artifacts."""
+    log, artifact = LogProgress(get_run_logger()), ProgressArtifact(name)
     with ConsoleProgress() as bars:
 
-        def both(what: str, done: int, total: int) -> None:
+        def all_three(what: str, done: int, total: int) -> None:
             bars(what, done, total)
             log(what, done, total)
+            artifact(what, done, total)
 
-        yield both
+        yield all_three
 
 
 @task(name="simulate")
@@ -90,11 +98,11 @@ def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
 @task(name="predict", retries=1, retry_delay_seconds=5, retry_condition_fn=_worth_another_try)
 def predict(
     city_file: Path, scheduler: str, group: str = "map", weights: Path | None = None, full: bool = False,
-    allow_incomplete: bool = False,
+    allow_incomplete: bool = False, hold: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Predict what changed and publish the map; returns its record."""
     with Client(scheduler) as client, _tell() as tell:
-        return infer(load_city(city_file), str(weights) if weights else None, group, client, tell, full, allow_incomplete)
+        return infer(load_city(city_file), str(weights) if weights else None, group, client, tell, full, allow_incomplete, hold)
 
 
 @task(name="export")
@@ -113,10 +121,64 @@ def export_maps(city_file: Path) -> dict[str, Path]:
 
 
 @task(name="score")
-def score(city_file: Path, scheduler: str, group: str = "map") -> CityScores:
-    """Scores against the labels."""
+def score(city_file: Path, scheduler: str, group: str = "map", held: bool = False) -> CityScores:
+    """Scores against the labels; of the candidate, where it is held."""
     with Client(scheduler) as client, _tell() as tell:
-        return score_city(load_city(city_file), group, tell, client)
+        return score_city(load_city(city_file), group, tell, client, held)
+
+
+@task(name="decide")
+def decide(city_file: Path, record: dict[str, Any], scored: dict[str, CityScores]) -> list[str]:
+    """Publish the candidate, or say why it is held back."""
+    city = load_city(city_file)
+    before = next((e for e in reversed(read_history(city)) if e["published"]), None)
+    verdict = judge(city, record, scored, list(ledger(city).values()) if city.points else [], before)
+    if verdict.passed:
+        release(city)
+    return list(verdict.reasons)
+
+
+@task(name="remember")
+def remember(city_file: Path, record: dict[str, Any], scored: dict[str, CityScores], held: bool, seconds: float) -> None:
+    """Add the run to the city's history."""
+    facts = {k: v for k, v in record.items() if k not in ("identity", "failed")}
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {"made": made, "published": not held, "record": facts, "scores": scored, "seconds": seconds}
+    append_history(load_city(city_file), entry)
+
+
+@task(name="backfill dumps")
+def backfill_dumps(
+    city_file: Path, scheduler: str, since: datetime | None, until: datetime | None, replace: str | None
+) -> dict[str, Any] | None:
+    """Bring new files that hold times of a range into the cube as one dump; the ledger entry, or None."""
+    city = load_city(city_file)
+    chosen = None
+    if since and until:
+        chosen = files_between(city, plan_ingest(city, None, replace), since, until)
+        if not chosen:
+            return None
+    with Client(scheduler) as client, _tell(city.name) as tell:
+        entry = ingest(city, chosen, client, tell, replace)
+    return {k: v for k, v in entry.items() if k != "files"} if entry else None
+
+
+@task(name="plan backfill")
+def plan_backfill(city_file: Path, since: datetime | None, until: datetime | None, replace: str | None) -> dict[str, Any]:
+    """What a backfill would read."""
+    city = load_city(city_file)
+    plan = plan_ingest(city, None, replace)
+    chosen = files_between(city, plan, since, until) if since and until else [f["label"] for f in plan.files]
+    return {"files": chosen, "rows": plan.rows, "slices": plan.slices}
+
+
+@task(name="train")
+def train(recipe_file: Path, out: Path | None) -> dict[str, Any]:
+    """Train by a recipe; a run that was stopped goes on."""
+    recipe = load_recipe(recipe_file)
+    with _tell(recipe.name) as tell:
+        done = train_network(recipe, out or recipe.root / "runs" / recipe.name, tell)
+    return asdict(done)
 
 
 @task(name="report")

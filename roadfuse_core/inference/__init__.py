@@ -13,7 +13,7 @@ from roadfuse_core.inference._predictor import (
     normalise_image,
     resolve_weights,
 )
-from roadfuse_core.inference._run import IncompleteError, infer
+from roadfuse_core.inference._run import IncompleteError, infer, published, release, rollback
 
 __all__ = [
     "Calibration",
@@ -32,6 +32,9 @@ __all__ = [
     "maps_path",
     "normalise_image",
     "plan_refresh",
+    "published",
     "read_evidence",
+    "release",
     "resolve_weights",
+    "rollback",
 ]

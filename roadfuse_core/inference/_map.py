@@ -17,9 +17,14 @@ from roadfuse_core.grid import Grid
 from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE
 from roadfuse_core.settings import City
 
-__all__ = ["MapReader", "MapRecord", "maps_path", "prepare_map", "standing_record"]
+__all__ = ["MapReader", "MapRecord", "candidate", "maps_path", "prepare_map", "standing_record"]
 
 MapRecord = dict[str, Any]
+
+
+def candidate(group: str) -> str:
+    """Branch of a finished map that is held back."""
+    return f"candidate-{group}"
 
 
 def maps_path(city: City) -> Path:
@@ -30,13 +35,20 @@ def maps_path(city: City) -> Path:
 class MapReader:
     """Reads windows of a published map.
 
+    Args:
+        city: The city.
+        group: Which map.
+        held: Read the candidate that is held back instead.
+
     Raises:
         StoreError: There is no such map yet.
     """
 
-    def __init__(self, city: City, group: str = "map") -> None:
+    def __init__(self, city: City, group: str = "map", held: bool = False) -> None:
         repository = open_repository(maps_path(city))
-        root = read_group(repository)
+        if held and candidate(group) not in repository.list_branches():
+            raise StoreError(f"{maps_path(city)}: no {group} is held back")
+        root = read_group(repository, candidate(group) if held else "main")
         if group not in root:
             raise StoreError(f"{maps_path(city)}: holds no {group} yet; run `roadfuse refresh` first")
         self.folder, self.group = root[group], group

@@ -16,7 +16,7 @@ from dask.distributed import Client, KilledWorker
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.cubes import committer_lock, open_repository, publish, storing
-from roadfuse_core.errors import RoadFuseError
+from roadfuse_core.errors import RoadFuseError, StoreError
 from roadfuse_core.grid import Block
 from roadfuse_core.inference._blocks import (
     AssembleJob,
@@ -29,11 +29,11 @@ from roadfuse_core.inference._blocks import (
     region_of,
     windows_of,
 )
-from roadfuse_core.inference._map import MapRecord, maps_path, prepare_map
+from roadfuse_core.inference._map import MapReader, MapRecord, candidate, maps_path, prepare_map
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.settings import City
 
-__all__ = ["IncompleteError", "infer"]
+__all__ = ["IncompleteError", "infer", "published", "release", "rollback"]
 
 log = logging.getLogger(__name__)
 CHAIN = 4  # blocks of one job: the next is read while one is computed
@@ -47,7 +47,7 @@ class IncompleteError(RoadFuseError, RuntimeError):
 
 def infer(
     city: City, weights: str | None = None, group: str = "map", client: Client | None = None, tell: Progress = quiet,
-    full: bool = False, allow_incomplete: bool = False,
+    full: bool = False, allow_incomplete: bool = False, hold: bool = False,
 ) -> MapRecord:  # fmt: skip
     """Bring a map up to date and publish it.
 
@@ -63,9 +63,11 @@ def infer(
         tell: Progress.
         full: Predict everything anew.
         allow_incomplete: Publish although windows failed; they are no data, and the next refresh tries them again.
+        hold: Leave the finished map as a candidate, which `release` publishes; readers see the one before.
 
     Returns:
-        The map's record: identity, windows predicted and failed, nodata and road counts.
+        The map's record: identity, windows predicted and failed, nodata and road counts; "held" where it waits for its
+        release.
 
     Raises:
         ConfigError: The model cannot use what the city has.
@@ -77,14 +79,16 @@ def infer(
         if plan.standing and plan.standing["identity"] == plan.identity and not plan.standing["failed"]:
             log.info("%s: nothing changed since %s", group, plan.standing["made"])
             return plan.standing
+        if hold and (waiting := _waiting(city, group)) and waiting["identity"] == plan.identity and not waiting["failed"]:
+            return waiting | {"held": True}
         scratch = city.workspace_path / "scratch" / f"{group}-{plan.digest}"
         scratch.mkdir(parents=True, exist_ok=True)
         reports = _predict(plan, scratch, client, tell)
         failed = [f for report in reports for f in report.failed]
         _tell_failures(city, group, failed, allow_incomplete)
-        record = _publish(city, plan, group, scratch, reports, failed, client, tell)
+        record = _publish(city, plan, group, scratch, reports, failed, client, tell, hold)
         shutil.rmtree(scratch, ignore_errors=True)
-        return record
+        return record | {"held": True} if hold else record
 
 
 def _predict(plan: RefreshPlan, scratch: Path, client: Client | None, tell: Progress) -> list[BlockReport]:
@@ -136,9 +140,9 @@ def _tell_failures(city: City, group: str, failed: Sequence[Failure], allowed: b
 
 def _publish(
     city: City, plan: RefreshPlan, group: str, scratch: Path, reports: Sequence[BlockReport], failed: Sequence[Failure],
-    client: Client | None, tell: Progress,
+    client: Client | None, tell: Progress, hold: bool,
 ) -> MapRecord:  # fmt: skip
-    """Assemble on a staging branch, move `main` to it in one step, and tag it."""
+    """Assemble on a staging branch; move `main` to it in one step and tag it, or leave it as a candidate."""
     repository = open_repository(maps_path(city), create=True)
     base = repository.lookup_branch("main")
     staging = f"refresh-{group}"
@@ -162,10 +166,87 @@ def _publish(
     }  # fmt: skip
     zarr.open_group(session.store)[group].attrs["record"] = record
     snapshot = str(session.commit(f"{group} by {plan.model.path.name}, {record['windows']} windows"))
+    repository.delete_branch(staging)
+    if candidate(group) in repository.list_branches():
+        repository.delete_branch(candidate(group))
+    if hold:
+        repository.create_branch(candidate(group), snapshot)
+    else:
+        _move_main(repository, group, snapshot, base, made)
+    return record
+
+
+def _move_main(repository: icechunk.Repository, group: str, snapshot: str, base: str, made: datetime) -> None:
     publish(repository, snapshot, base)
     repository.create_tag(f"{group}-{made:%Y%m%dT%H%M%S%f}", snapshot)
-    repository.delete_branch(staging)
-    return record
+
+
+def _waiting(city: City, group: str) -> MapRecord | None:
+    """The record of the candidate, if one is held back on top of what is published now."""
+    try:
+        repository = open_repository(maps_path(city))
+        if candidate(group) not in repository.list_branches():
+            return None
+        parents = [s.id for s in repository.ancestry(branch=candidate(group))]
+        stands_on = repository.lookup_branch("main") in parents
+        return MapReader(city, group, held=True).record if stands_on else None
+    except StoreError:
+        return None
+
+
+def release(city: City, group: str = "map") -> MapRecord:
+    """Publish the candidate that was held back.
+
+    Raises:
+        StoreError: None is held back, or something else was published since.
+    """
+    with committer_lock(city.workspace_path), storing(city.workspace_path):
+        record = _waiting(city, group)
+        if record is None:
+            raise StoreError(f"{maps_path(city)}: no {group} is held back on top of what is published; run `roadfuse refresh`")
+        repository = open_repository(maps_path(city))
+        snapshot, base = repository.lookup_branch(candidate(group)), repository.lookup_branch("main")
+        _move_main(repository, group, snapshot, base, datetime.now(UTC))
+        repository.delete_branch(candidate(group))
+        return record
+
+
+def published(city: City, group: str = "map") -> list[tuple[str, datetime]]:
+    """Tags of all maps that were published and are still held, the newest first, with their times (UTC)."""
+    tags = [t for t in open_repository(maps_path(city)).list_tags() if t.startswith(f"{group}-")]
+    times = [datetime.strptime(t.removeprefix(f"{group}-"), "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC) for t in tags]
+    return sorted(zip(tags, times, strict=True), key=lambda pair: pair[1], reverse=True)
+
+
+def rollback(city: City, to: str | None = None, dry_run: bool = False) -> str:
+    """Make an earlier map the published one again; the next refresh starts from it.
+
+    Args:
+        city: The city.
+        to: A tag that `published` lists; by default the one before what is published now.
+        dry_run: Say which, and change nothing.
+
+    Returns:
+        The tag.
+
+    Raises:
+        StoreError: There is no such tag, or no earlier map; or another process is writing.
+    """
+    with committer_lock(city.workspace_path), storing(city.workspace_path):
+        repository = open_repository(maps_path(city))
+        now = repository.lookup_branch("main")
+        snapshots = {tag: repository.lookup_tag(tag) for tag, _ in published(city)}
+        tags = list(snapshots)
+        if to is None:
+            here = next((k for k, tag in enumerate(tags) if snapshots[tag] == now), -1)
+            later = [t for t in tags[here + 1 :] if snapshots[t] != now]
+            to = later[0] if later else None
+        if to is None or to not in snapshots:
+            known = ", ".join(tags) or "none"
+            raise StoreError(f"{maps_path(city)}: has no {to or 'earlier map'} to go back to; published maps are: {known}")
+        if not dry_run and snapshots[to] != now:
+            publish(repository, snapshots[to], now)
+        return to
 
 
 def _assemble(

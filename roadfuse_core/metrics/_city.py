@@ -31,7 +31,9 @@ CityScores = dict[str, dict[str, float]]
 SIGMAS_M = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
 
-def score_city(city: City, group: str = "map", tell: Progress = quiet, client: Client | None = None) -> CityScores:
+def score_city(
+    city: City, group: str = "map", tell: Progress = quiet, client: Client | None = None, held: bool = False
+) -> CityScores:
     """Scores of a published map, and the confusion counts of every tile in a Parquet file.
 
     Args:
@@ -39,6 +41,7 @@ def score_city(city: City, group: str = "map", tell: Progress = quiet, client: C
         group: Which map.
         tell: Progress.
         client: Dask, on which runs of tiles are counted; None counts here.
+        held: Score the candidate that is held back.
 
     Returns:
         Scores by subset: "test" (the tiles of the test split), "all", and, where the city has points, "test_near" and
@@ -49,9 +52,9 @@ def score_city(city: City, group: str = "map", tell: Progress = quiet, client: C
         StoreError: There is no such map yet.
     """
     _labels(city)
-    MapReader(city, group)
+    MapReader(city, group, held)
     tiles = city.make_grid().tiles()
-    jobs = [_ScoreJob(city, group, tuple(tiles[k : k + TILES])) for k in range(0, len(tiles), TILES)]
+    jobs = [_ScoreJob(city, group, held, tuple(tiles[k : k + TILES])) for k in range(0, len(tiles), TILES)]
     rows = [row for found in run_jobs(client, _count_tiles, jobs, f"scoring {group}", tell) for row in found]
     _write(city.workspace_path / "scores" / f"{group}.parquet", rows)
     near = ("test_near", "all_near") if city.points else ()
@@ -62,13 +65,14 @@ def score_city(city: City, group: str = "map", tell: Progress = quiet, client: C
 class _ScoreJob:
     city: City
     group: str
+    held: bool
     tiles: tuple[TileIndex, ...]
 
 
 def _count_tiles(job: _ScoreJob) -> list[dict[str, object]]:
     """Confusion counts of some tiles, for every subset of their pixels."""
     city = job.city
-    grid, labels, reader = city.make_grid(), _labels(city), MapReader(city, job.group)
+    grid, labels, reader = city.make_grid(), _labels(city), MapReader(city, job.group, job.held)
     splits, px = split_tiles(grid), grid.tile_px
     cube = CubeReader(cubes_path(city)) if city.points else None
     rows: list[dict[str, object]] = []

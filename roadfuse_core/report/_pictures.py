@@ -19,9 +19,10 @@ from roadfuse_core.inference import MapReader
 from roadfuse_core.labels import open_map
 from roadfuse_core.settings import City
 
-__all__ = ["Picture", "overview_pictures"]
+__all__ = ["Picture", "map_preview", "overview_pictures"]
 
 LONGEST_PX = 1024
+PREVIEW_PX = 512
 HEAT = np.array([[8, 8, 20], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]], float)
 SLACK_M = 10.0
 Floats = NDArray[np.float32]
@@ -41,6 +42,17 @@ class Picture:
     title: str
     caption: str
     source: str
+
+
+def map_preview(city: City, held: bool = False) -> str:
+    """The road probability of a map as a data URI, small enough for an artifact (at most 512 px)."""
+    grid, read = city.make_grid(), MapReader(city, held=held)
+    rgb = _reduce(grid, lambda *w: _grey(read, *w), np.mean)
+    step = max(1, -(-max(rgb.shape[1:]) // PREVIEW_PX))
+    buffer = io.BytesIO()
+    small = np.ascontiguousarray(rgb[:, ::step, ::step].clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    Image.fromarray(small).save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def overview_pictures(city: City) -> list[Picture]:

@@ -1,0 +1,27 @@
+"""Scoring the published map again, for those who start it in the UI."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.refresh import DAY_S, CityFile, run_name
+from roadfuse_core.cluster import open_cluster
+from roadfuse_core.metrics import CityScores
+from roadfuse_core.settings import load_city
+from tasks import stages
+
+__all__ = ["evaluate"]
+
+
+@flow(name="evaluate", flow_run_name=run_name, timeout_seconds=DAY_S)
+def evaluate(city_file: CityFile) -> CityScores:
+    """Score the published map against the labels again.
+
+    Args:
+        city_file: The city file.
+
+    Returns:
+        Scores by subset.
+    """
+    with open_cluster(load_city(city_file).cluster) as client:
+        return stages.score(city_file, client.scheduler_info(n_workers=0)["address"])

@@ -1,0 +1,27 @@
+"""A poll for new dumps, cheap enough to run every few minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.refresh import DAY_S, CityFile, refresh, run_name
+from roadfuse_core.cubes import plan_ingest
+from roadfuse_core.settings import load_city
+
+__all__ = ["watch"]
+
+
+@flow(name="watch", flow_run_name=run_name, timeout_seconds=DAY_S)
+def watch(city_file: CityFile) -> dict[str, Any] | None:
+    """Refresh the city if there are files that its ledger does not know; a poll that costs next to nothing.
+
+    Args:
+        city_file: The city file.
+
+    Returns:
+        What `refresh` returned, or None.
+    """
+    return refresh(city_file) if plan_ingest(load_city(Path(city_file))).files else None
