@@ -20,7 +20,7 @@ from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import files_between, ingest, ledger, plan_ingest
 from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.inference import MapReader, infer, release
-from roadfuse_core.metrics import CityScores, append_history, judge, read_history, score_city, tune_kde
+from roadfuse_core.metrics import CityScores, append_history, judge, read_history, score_city, tune_kde, write_metrics
 from roadfuse_core.mosaic import NODATA, write_cog, write_item
 from roadfuse_core.report import Stage, write_report
 from roadfuse_core.settings import load_city
@@ -143,8 +143,11 @@ def remember(city_file: Path, record: dict[str, Any], scored: dict[str, CityScor
     """Add the run to the city's history."""
     facts = {k: v for k, v in record.items() if k not in ("identity", "failed")}
     made = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = {"made": made, "published": not held, "record": facts, "scores": scored, "seconds": seconds}
-    append_history(load_city(city_file), entry)
+    entry = {"made": made, "published": not held, "record": facts, "scores": scored, "seconds": seconds,
+             "windows_failed": len(record["failed"])}  # fmt: skip
+    city = load_city(city_file)
+    append_history(city, entry)
+    write_metrics(city, entry, list(ledger(city).values()) if city.points else [])
 
 
 @task(name="backfill dumps")

@@ -2,7 +2,7 @@
 
 from roadfuse_core.metrics._city import NEAR_M, CityScores, score_city, tune_kde
 from roadfuse_core.metrics._confusion import Confusion, Scores, confusion, scores
-from roadfuse_core.metrics._gate import Verdict, append_history, judge, read_history
+from roadfuse_core.metrics._gate import Verdict, append_history, judge, read_history, write_metrics
 
 __all__ = [
     "NEAR_M",
@@ -17,4 +17,5 @@ __all__ = [
     "score_city",
     "scores",
     "tune_kde",
+    "write_metrics",
 ]

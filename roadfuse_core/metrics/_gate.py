@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from roadfuse_core.cubes import LedgerEntry
 from roadfuse_core.settings import City
 
-__all__ = ["Verdict", "append_history", "judge", "read_history"]
+__all__ = ["Verdict", "append_history", "judge", "read_history", "write_metrics"]
 
 Facts = dict[str, Any]
 
@@ -67,6 +68,37 @@ def append_history(city: City, entry: Facts) -> None:
     """Add a refresh to the history, one line of JSON each."""
     with open(_path(city), "a") as file:
         file.write(json.dumps(entry, default=str) + "\n")
+
+
+def write_metrics(city: City, entry: Facts, dumps: list[LedgerEntry]) -> Path:
+    """The newest refresh as Prometheus text, for the textfile collector of node-exporter.
+
+    Returns:
+        `metrics/roadfuse.prom` in the workspace; it appears whole.
+    """
+    newest = dumps[-1] if dumps else None
+    path = city.workspace_path / "metrics/roadfuse.prom"
+    values = {
+        "g_iou": entry["scores"].get("map", {}).get("test", {}).get("g_iou"),
+        "held_back": int(not entry["published"]),
+        "windows_predicted": entry["record"]["windows"],
+        "windows_failed": entry["windows_failed"],
+        "refresh_seconds": round(entry["seconds"], 3),
+        "rows_rejected_share": sum(newest["rejected"].values()) / newest["rows"] if newest and newest["rows"] else None,
+        "published_timestamp_seconds": datetime.fromisoformat(_last_published(city)).timestamp()
+        if _last_published(city)
+        else None,
+    }
+    lines = [f'roadfuse_{name}{{city="{city.name}"}} {value}' for name, value in values.items() if value is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("\n".join(f"# TYPE {line.split('{')[0]} gauge\n{line}" for line in lines) + "\n")
+    part.rename(path)
+    return path
+
+
+def _last_published(city: City) -> str | None:
+    return next((e["made"] for e in reversed(read_history(city)) if e["published"]), None)
 
 
 def read_history(city: City) -> list[Facts]:
