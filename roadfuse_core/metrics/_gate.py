@@ -85,9 +85,7 @@ def write_metrics(city: City, entry: Facts, dumps: list[LedgerEntry]) -> Path:
         "windows_failed": entry["windows_failed"],
         "refresh_seconds": round(entry["seconds"], 3),
         "rows_rejected_share": sum(newest["rejected"].values()) / newest["rows"] if newest and newest["rows"] else None,
-        "published_timestamp_seconds": datetime.fromisoformat(_last_published(city)).timestamp()
-        if _last_published(city)
-        else None,
+        "published_timestamp_seconds": _last_published(city),
     }
     lines = [f'roadfuse_{name}{{city="{city.name}"}} {value}' for name, value in values.items() if value is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +95,9 @@ def write_metrics(city: City, entry: Facts, dumps: list[LedgerEntry]) -> Path:
     return path
 
 
-def _last_published(city: City) -> str | None:
-    return next((e["made"] for e in reversed(read_history(city)) if e["published"]), None)
+def _last_published(city: City) -> float | None:
+    made = next((e["made"] for e in reversed(read_history(city)) if e["published"]), None)
+    return None if made is None else datetime.fromisoformat(made).timestamp()
 
 
 def read_history(city: City) -> list[Facts]:
