@@ -2,6 +2,9 @@
 
 import os
 import shutil
+
+# Tests run side by side, one process a core: libraries that start a thread a core each would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
