@@ -7,16 +7,16 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
-from flows import training_commands
+from flows import operation_commands, training_commands
+from flows.console import CityFile, console, prepare_prefect
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
 from roadfuse_core.settings import City, load_city
 
@@ -28,13 +28,10 @@ __all__ = ["app", "main"]
 app = typer.Typer(help="City road maps from aerial images and vehicle trajectories.", no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False)  # fmt: skip
 app.add_typer(training_commands.app)
-console = Console(highlight=False, soft_wrap=True)
-if not console.is_terminal:
-    console.width = 200
+app.add_typer(operation_commands.app)
 # Points of a tile and period from which dense chunks pay.
 DENSE = 10_000
 HELD_BACK = 8  # exit code of a refresh whose map waits for its release
-CityFile = Annotated[Path, typer.Argument(metavar="CITY.yaml", help="The city file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -45,7 +42,7 @@ def demo(
     size_m: Annotated[float, typer.Option(help="Edge of the city, metres.")] = 2048.0,
 ) -> None:
     """Simulate a city and refresh it, end to end."""
-    _prepare_prefect()
+    prepare_prefect()
     from flows.demo import demo as flow
 
     _show_refresh(flow(out.resolve(), seed, size_m))
@@ -67,7 +64,7 @@ def refresh(
     if plan:
         _show_refresh_plan(city, full, as_json)
         return
-    _prepare_prefect()
+    prepare_prefect()
     from flows.refresh import refresh as flow
 
     result = flow(city_file.resolve(), baseline, full, allow_incomplete)
@@ -328,82 +325,6 @@ def status(city_file: CityFile, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def expire(
-    city_file: CityFile,
-    days: Annotated[float, typer.Option("--older-than", min=0, help="Days; younger snapshots stay.")] = 30,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count and remove nothing.")] = False,
-) -> None:
-    """Forget old snapshots, but for what the published map was made of, and sweep what crashes left."""
-    from roadfuse_core.cubes import expire as expire_snapshots
-    from roadfuse_core.inference import MapReader
-
-    city = load_city(city_file)
-    try:
-        keep = MapReader(city).record.get("cubes_snapshot")
-    except StoreError:
-        keep = None
-    done = expire_snapshots(city, datetime.now(UTC) - timedelta(days=days), dry_run, keep)
-    told = f"{done.snapshots} snapshots, {done.bytes / 1e6:,.1f} MB that nothing refers to, {done.leftovers} leftovers"
-    console.print(f"{'would forget' if dry_run else 'forgot'} {told}; the ledger and the newest snapshots stay")
-
-
-@app.command()
-def release(city_file: CityFile) -> None:
-    """Publish the map that the gate held back."""
-    from roadfuse_core.inference import release as publish_held
-
-    record = publish_held(load_city(city_file))
-    console.print(f"published: map made {record['made']} by {record['model']}")
-
-
-@app.command()
-def rollback(
-    city_file: CityFile,
-    to: Annotated[str | None, typer.Option(metavar="TAG", help="A published map; by default the one before.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the published maps, say which, and change nothing.")] = False,
-) -> None:
-    """Make an earlier map the published one again; the points stay as they are."""
-    from roadfuse_core.inference import published
-    from roadfuse_core.inference import rollback as go_back
-
-    city = load_city(city_file)
-    if dry_run:
-        for tag, made in published(city):
-            console.print(f"{tag}  {made:%Y-%m-%d %H:%M:%S} UTC")
-    tag = go_back(city, to, dry_run)
-    console.print(f"{'would publish' if dry_run else 'published'} {tag}")
-
-
-@app.command()
-def serve(
-    city_file: CityFile,
-    cron: Annotated[str, typer.Option(help="When to refresh, UTC.")] = "0 3 * * 1",
-    watch_s: Annotated[int, typer.Option("--watch", min=0, help="Look for new dumps every so many seconds; 0 never.")] = 0,
-) -> None:
-    """Refresh a city on a schedule from this machine, without a work pool; stop it with Ctrl-C."""
-    city = load_city(city_file)
-    if not os.environ.get("PREFECT_API_URL"):
-        raise ConfigError("PREFECT_API_URL", None, "is not set", "start `prefect server start` and name its address")
-    _prepare_prefect()
-    from prefect import serve as serve_flows
-
-    from flows.backfill import backfill as backfill_flow
-    from flows.refresh import refresh as refresh_flow
-    from flows.watch import watch as watch_flow
-
-    parameters = {"city_file": str(city_file.resolve())}
-    tags = ["roadfuse", city.name]
-    deployments: list[Any] = [
-        refresh_flow.to_deployment(f"{city.name}-refresh", cron=cron, parameters=parameters, tags=tags, concurrency_limit=1),
-        backfill_flow.to_deployment(f"{city.name}-backfill", parameters=parameters, tags=tags, concurrency_limit=1),
-    ]
-    if watch_s:
-        deployments.append(watch_flow.to_deployment(f"{city.name}-watch", interval=watch_s, parameters=parameters, tags=tags,
-                                                    concurrency_limit=1))  # fmt: skip
-    serve_flows(*deployments, limit=1)
-
-
-@app.command()
 def models(as_json: AsJson = False) -> None:
     """Networks by name: paper, inputs, size, and operations for a window of 512²."""
     from roadfuse_core.models import PRESETS, describe
@@ -422,22 +343,6 @@ def models(as_json: AsJson = False) -> None:
         sizes = f"{r['parameters']:,}", f"{r['gflops']:.1f}", str(r["window_multiple"])
         table.add_row(r["preset"], r["paper"], inputs, f"{r['width']:g}", *sizes)
     console.print(table)
-
-
-def _prepare_prefect() -> None:
-    """Defaults for Prefect where the user set none: a patient start of its own server, no telemetry, a quiet log."""
-    for name, value in {
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_LOGGING_LEVEL": "INFO" if os.environ.get("PREFECT_API_URL") else "WARNING",
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "roadfuse_core",
-    }.items():
-        os.environ.setdefault(name, value)
-    Console(stderr=True).print(
-        f"[dim]running on the Prefect server at {os.environ['PREFECT_API_URL']}[/]" if os.environ.get("PREFECT_API_URL")
-        else "[dim]starting Prefect's own server, about 15 seconds; nothing stays behind[/]"
-    )  # fmt: skip
 
 
 def _print_json(value: Any) -> None:

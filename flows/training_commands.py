@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from flows.console import console
 
 __all__ = ["app"]
 
 app = typer.Typer()
-console = Console(highlight=False, soft_wrap=True)
-if not console.is_terminal:
-    console.width = 200
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")]
 
 

@@ -1,57 +1,39 @@
 """Training: what is read, what is drawn, what is rendered, and that a run is the same however it is cut."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from scipy import stats
-from typer.testing import CliRunner
 
-from flows.cli import app
 from roadfuse_core import training
 from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, ingest, render
-from roadfuse_core.errors import ConfigError, StoreError
+from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import TileIndex
 from roadfuse_core.imagery import ImageryReader, find_imagery
-from roadfuse_core.inference import infer
-from roadfuse_core.models import load_checkpoint
 from roadfuse_core.settings import load_city
 from roadfuse_core.training import (
-    SUITE,
     EpochOrder,
     InvalidRecipeError,
     StillWindows,
     TrainingWindows,
     View,
     collate,
-    compare,
     lay_ground,
     lay_split,
     load_recipe,
-    paired,
-    parse_vary,
     points_of,
     prepare,
-    run_suite,
-    score_network,
     split_recipe,
     train,
 )
 from roadfuse_core.training import _augment as augment
-from roadfuse_core.training import _compare as comparing
-from roadfuse_core.training import _ground as ground_module
 from roadfuse_core.training._fit import _fraction
 from roadfuse_core.training._windows import stillness
 
@@ -384,191 +366,3 @@ def test_a_window_is_augmented_the_same_in_any_batch(recipe, tmp_path):
         assert torch.equal(alone.labels[0], together.labels[k])
         assert torch.equal(alone.inputs["gps"][0], together.inputs["gps"][k])
         assert torch.allclose(alone.inputs["image"][0], together.inputs["image"][k], atol=1e-5)
-
-
-# --- runs --------------------------------------------------------------------------------------------------------------
-
-
-def _weights(folder):
-    return load_file(folder / "checkpoint.safetensors")
-
-
-def _run_in_a_process(path, out):
-    code = f"from pathlib import Path; from roadfuse_core.training import *; import torch; torch.set_num_threads(1)\n" \
-           f"train(load_recipe(Path({str(path)!r})), Path({str(out)!r}), threads=1)"  # fmt: skip
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-
-
-def test_a_killed_training_ends_with_the_same_weights(city, tmp_path):
-    path = city.root.parent / "killed.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"stages": [{"epochs": 3}, {"epochs": 1, "labels": "existing_map"}]}))
-    whole = _run_in_a_process(path, tmp_path / "whole")
-    assert whole.wait(120) == 0
-    broken = _run_in_a_process(path, tmp_path / "broken")
-    state = tmp_path / "broken/stage-0/last.ckpt"
-    while not state.is_file():
-        assert broken.poll() is None
-        time.sleep(0.005)
-    os.kill(broken.pid, signal.SIGKILL)
-    assert broken.wait() == -signal.SIGKILL
-    assert not (tmp_path / "broken/checkpoint.safetensors").exists()
-    again = _run_in_a_process(path, tmp_path / "broken")
-    assert again.wait(120) == 0
-    a, b = _weights(tmp_path / "whole"), _weights(tmp_path / "broken")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_two_ranks_with_half_a_batch_are_one_with_the_whole(recipe, tmp_path):
-    """Frozen batch norms and a loss per window; Adam of few steps keeps rounding small."""
-    fields = {
-        "freeze_norm": True,
-        "loss": "bce",
-        "stages": [{"epochs": 1}],
-        "optimiser.lr": 1e-4,
-        "optimiser.schedule": "constant",
-    }
-    one = train(recipe(**fields, ranks=1), tmp_path / "one")
-    two = train(recipe(**fields, ranks=2), tmp_path / "two")
-    a, b = _weights(tmp_path / "one"), _weights(tmp_path / "two")
-    begun = training._fit._begin(recipe(**fields)).state_dict()
-    moved = max((a[k].float() - begun[k].float()).abs().max() for k in a)
-    apart = max((a[k].float() - b[k].float()).abs().max() for k in a)
-    assert moved > 1e-4, "it learned something"
-    assert apart < 0.05 * moved
-    assert one.validation_g_iou == pytest.approx(two.validation_g_iou, abs=1e-3)
-
-
-def test_a_run_learns_and_its_checkpoint_makes_a_map(city, recipe, tmp_path):
-    made = recipe(**{"stages": [{"epochs": 6}], "epoch_windows": 40, "optimiser.lr": 3e-3, "network.width": 0.125,
-                     "augmentation": {"camera": 0, "drop_gps": 0, "drop_image": 0, "blank": 0, "perturb": 0, "scale": [1, 1]}})  # fmt: skip
-    done = train(made, tmp_path / "run")
-    log = pd.read_csv(tmp_path / "run/log/stage-0/metrics.csv")
-    losses = log.loss.dropna().to_numpy()
-    assert losses[-2:].mean() < losses[:2].mean() - 0.1
-    _, info = load_checkpoint(done.checkpoint)
-    assert info.recipe["name"] == "tiny"
-    assert infer(city, str(done.checkpoint), group="trained")["windows"] > 0
-    again = train(made, tmp_path / "run")
-    assert again == done, "a finished run is not run again"
-    with pytest.raises(StoreError, match="another recipe"):
-        train(recipe(seed=5), tmp_path / "run")
-
-
-# --- scores, comparisons, robustness -----------------------------------------------------------------------------------
-
-
-class Perfect(torch.nn.Module):
-    """Says the label, which a test hides in the GPS layer."""
-
-    def __init__(self, flip):
-        super().__init__()
-        self.dummy, self.flip = torch.nn.Parameter(torch.zeros(1)), flip
-
-    def forward(self, inputs, present):
-        from roadfuse_core.models import Prediction
-
-        bright = inputs["image"].mean(1, keepdim=True)
-        return Prediction(torch.where(bright > self.flip, 1.0, -1.0), {}, {})
-
-
-def test_scores_are_those_of_numpy_over_all_tiles(city, tmp_path):
-    view, grid = View((), True, 128, 3, False), city.make_grid()
-    ground = lay_ground(city, grid.tiles(), "roads", view, tmp_path)
-    found = score_network(Perfect(0.1), view, [ground]).scores
-    rgb, _ = ImageryReader(city.imagery, find_imagery(city), grid).window(0, 0, *grid.shape)
-    said = ((np.rint(rgb) / 255 - 0.5) / 0.25).mean(0) > 0.1
-    truth = ground.window(0, 0, 512)[1] == ground_module.ROAD
-    tp, fp, fn = (said & truth).sum(), (said & ~truth).sum(), (~said & truth).sum()
-    assert found.g_iou == pytest.approx(tp / (tp + fp + fn), abs=1e-3)
-    assert found.tiles == grid.n_tiles
-
-
-def test_paired_intervals_are_students():
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(0.6, 0.1, 5), rng.normal(0.5, 0.1, 5)
-    mean, low, high = paired(a, b)
-    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert (low, high) == pytest.approx((expected.low, expected.high))
-    assert mean == pytest.approx((a - b).mean())
-    assert paired([1.0], [0.5])[1] == -np.inf
-
-
-def test_what_is_varied_is_read_as_yaml():
-    assert parse_vary(["network.preset=unet,segnet", "seed=1,2", "layers=[[{kind: count}], [{kind: binary}]]"]) == {
-        "network.preset": ["unet", "segnet"], "seed": [1, 2], "layers": [[{"kind": "count"}], [{"kind": "binary"}]],
-    }  # fmt: skip
-    for wrong in ("seed", "=1", "seed=", "seed=[1"):
-        with pytest.raises(ConfigError, match="--vary"):
-            parse_vary([wrong])
-
-
-def test_a_comparison_makes_a_table_and_goes_on_where_it_stopped(city, tmp_path, monkeypatch):
-    path = city.root.parent / "compared.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"stages": [{"epochs": 1}]}))
-    vary = {"network.preset": ["d-linknet34", "e-road-18"], "seed": [1, 2]}
-    started, real = [], comparing.train
-
-    def dies_at_third(recipe, *a, **k):
-        started.append(recipe.seed)
-        if len(started) == 3:
-            raise KeyboardInterrupt
-        return real(recipe, *a, **k)
-
-    monkeypatch.setattr(comparing, "train", dies_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        compare(path, vary, tmp_path)
-    made = compare(path, vary, tmp_path)
-    assert len(started) == 5, "two runs were done, the third began anew"
-    assert set(made.table.index) == set(vary["network.preset"])
-    assert (made.table.seeds == 2).all()
-    by = made.runs.groupby("variant").g_iou.mean()
-    assert made.table.g_iou.to_dict() == pytest.approx(by.to_dict())
-    page = (tmp_path / "compare.html").read_text()
-    assert "data:image/png;base64," in page
-    assert "e-road-18" in page
-    listed = CliRunner().invoke(
-        app,
-        [
-            "compare",
-            str(path),
-            "--vary",
-            "network.preset=d-linknet34",
-            "--vary",
-            "seed=1,3",
-            "--out",
-            str(tmp_path),
-            "--dry-run",
-        ],
-    )
-    assert listed.output.splitlines() == ["d-linknet34, seed 1, done", "d-linknet34, seed 3"]
-
-
-def test_the_suite_damages_what_it_says(city, tmp_path):
-    table = run_suite([city], [Path(training.__file__).parents[1] / "weights/fused.safetensors"], tmp_path / "out")
-    assert len(table) == len(SUITE)
-    by = table.set_index(["family", "level"]).g_iou
-    assert by["no image", 1] < by["none", 0]
-    assert by["fog", 0.75] < by["none", 0]
-    assert table.set_index("family")["drop"]["none"] == 0
-    assert (tmp_path / "out/suite.csv").is_file()
-    assert "Bokeh" in (tmp_path / "out/suite.html").read_text()
-
-
-def test_lanes_decide_the_width_of_openstreetmap(city, tmp_path):
-    import geopandas as gpd
-    from shapely.geometry import LineString
-
-    from roadfuse_core.labels import open_map
-    from roadfuse_core.settings import MapSpec
-
-    grid = city.make_grid()
-    b = grid.bounds
-    lines = [LineString([(b.left, b.top - y), (b.right, b.top - y)]) for y in (50, 150, 250, 350)]
-    table = gpd.GeoDataFrame({"highway": ["primary", "track", "residential", "service"], "lanes": [None, None, "4", "junk"]},
-                             geometry=lines, crs=grid.crs)  # fmt: skip
-    table.to_file(tmp_path / "osm.gpkg")
-    road, _ = open_map(city, MapSpec(path=str(tmp_path / "osm.gpkg"), lane_m=4), "x", grid).window(0, 0, 512, 512)
-    assert [int(road[y - 30 : y + 30, 100].sum()) for y in (50, 150, 250, 350)] == [6, 2, 16, 4]
-    table.drop(columns="highway").to_file(tmp_path / "other.gpkg")
-    with pytest.raises(ConfigError, match="lane_m"):
-        open_map(city, MapSpec(path=str(tmp_path / "other.gpkg"), lane_m=4), "x", grid)

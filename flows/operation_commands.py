@@ -1,0 +1,93 @@
+"""The commands of those on call: release, rollback, serve, expire."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+
+from flows.console import CityFile, console, prepare_prefect
+from roadfuse_core.errors import ConfigError, StoreError
+from roadfuse_core.settings import load_city
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command()
+def release(city_file: CityFile) -> None:
+    """Publish the map that the gate held back."""
+    from roadfuse_core.inference import release as publish_held
+
+    record = publish_held(load_city(city_file))
+    console.print(f"published: map made {record['made']} by {record['model']}")
+
+
+@app.command()
+def rollback(
+    city_file: CityFile,
+    to: Annotated[str | None, typer.Option(metavar="TAG", help="A published map; by default the one before.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the published maps, say which, and change nothing.")] = False,
+) -> None:
+    """Make an earlier map the published one again; the points stay as they are."""
+    from roadfuse_core.inference import published
+    from roadfuse_core.inference import rollback as go_back
+
+    city = load_city(city_file)
+    if dry_run:
+        for tag, made in published(city):
+            console.print(f"{tag}  {made:%Y-%m-%d %H:%M:%S} UTC")
+    tag = go_back(city, to, dry_run)
+    console.print(f"{'would publish' if dry_run else 'published'} {tag}")
+
+
+@app.command()
+def serve(
+    city_file: CityFile,
+    cron: Annotated[str, typer.Option(help="When to refresh, UTC.")] = "0 3 * * 1",
+    watch_s: Annotated[int, typer.Option("--watch", min=0, help="Look for new dumps every so many seconds; 0 never.")] = 0,
+) -> None:
+    """Refresh a city on a schedule from this machine, without a work pool; stop it with Ctrl-C."""
+    city = load_city(city_file)
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("PREFECT_API_URL", None, "is not set", "start `prefect server start` and name its address")
+    prepare_prefect()
+    from prefect import serve as serve_flows
+
+    from flows.backfill import backfill as backfill_flow
+    from flows.refresh import refresh as refresh_flow
+    from flows.watch import watch as watch_flow
+
+    parameters = {"city_file": str(city_file.resolve())}
+    tags = ["roadfuse", city.name]
+    deployments: list[Any] = [
+        refresh_flow.to_deployment(f"{city.name}-refresh", cron=cron, parameters=parameters, tags=tags, concurrency_limit=1),
+        backfill_flow.to_deployment(f"{city.name}-backfill", parameters=parameters, tags=tags, concurrency_limit=1),
+    ]
+    if watch_s:
+        deployments.append(watch_flow.to_deployment(f"{city.name}-watch", interval=watch_s, parameters=parameters, tags=tags,
+                                                    concurrency_limit=1))  # fmt: skip
+    serve_flows(*deployments, limit=1)
+
+
+@app.command()
+def expire(
+    city_file: CityFile,
+    days: Annotated[float, typer.Option("--older-than", min=0, help="Days; younger snapshots stay.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count and remove nothing.")] = False,
+) -> None:
+    """Forget old snapshots, but for what the published map was made of, and sweep what crashes left."""
+    from roadfuse_core.cubes import expire as expire_snapshots
+    from roadfuse_core.inference import MapReader
+
+    city = load_city(city_file)
+    try:
+        keep = MapReader(city).record.get("cubes_snapshot")
+    except StoreError:
+        keep = None
+    done = expire_snapshots(city, datetime.now(UTC) - timedelta(days=days), dry_run, keep)
+    told = f"{done.snapshots} snapshots, {done.bytes / 1e6:,.1f} MB that nothing refers to, {done.leftovers} leftovers"
+    console.print(f"{'would forget' if dry_run else 'forgot'} {told}; the ledger and the newest snapshots stay")
