@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +28,6 @@ from roadfuse_core.inference import _predictor as predictors
 from roadfuse_core.mosaic import NODATA
 from roadfuse_core.settings import City, ClusterSpec
 from tests.unit.test_changes import assert_equal_to_a_full_one, city, gated, layers, same  # noqa: F401
-
 
 
 def damage(city: City) -> tuple[Path, bytes]:
@@ -209,13 +209,19 @@ def test_a_lost_scheduler_is_told_and_the_work_is_kept(city, monkeypatch):
 
     monkeypatch.setattr(planning, "BLOCK_PX", 128)
     ingest(city)
-    port = 18786
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     scheduler = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port),
                                   "--no-dashboard"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     worker = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1",
                                "--no-dashboard", "--death-timeout", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     try:
-        time.sleep(6)
+        for _ in range(120):
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", port)):
+                    break
+            time.sleep(0.5)
 
         def kill_it(what, done, total):
             if what == "predicting" and done == 4:
