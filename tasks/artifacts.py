@@ -119,6 +119,8 @@ def _points(city: City) -> list[str]:
 
 
 def _windows(record: Mapping[str, Any]) -> list[str]:
+    if record.get("unchanged"):
+        return ["## Windows", f"None predicted: nothing changed since {record['made']}, and the map stands."]
     carried = record["windows_possible"] - record["windows"]
     how = f"everything, because {record['why_full']}" if record["full"] else "only what changed"
     return ["## Windows", f"{record['windows']:,} predicted, {carried:,} carried over ({how}); {len(record['failed'])} failed.",

@@ -19,6 +19,7 @@ from roadfuse_core.check import check_city
 from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import files_between, ingest, ledger, plan_ingest
 from roadfuse_core.errors import RoadFuseError
+from roadfuse_core.files import write_whole
 from roadfuse_core.inference import MapReader, infer, release
 from roadfuse_core.metrics import CityScores, append_history, judge, read_history, score_city, tune_kde, write_metrics
 from roadfuse_core.mosaic import NODATA, write_cog, write_item
@@ -41,8 +42,8 @@ __all__ = [
 
 
 @contextmanager
-def _tell(name: str = "roadfuse") -> Iterator[Any]:
-    """Progress on the terminal, in Prefect's log, and as artifacts."""
+def _tell(name: str) -> Iterator[Any]:
+    """Progress on the terminal, in Prefect's log, and as artifacts whose keys begin with the name."""
     log, artifact = LogProgress(get_run_logger()), ProgressArtifact(name)
     with ConsoleProgress() as bars:
 
@@ -57,7 +58,7 @@ def _tell(name: str = "roadfuse") -> Iterator[Any]:
 @task(name="simulate")
 def simulate(out: Path, knobs: CityKnobs, workers: int) -> Path:
     """Write a simulated city; returns its city file."""
-    with _tell() as tell:
+    with _tell(f"simulated-{knobs.seed}") as tell:
         return simulate_city(out, knobs, workers, tell)
 
 
@@ -73,8 +74,9 @@ def check(city_file: Path) -> list[str]:
 @task(name="ingest dumps")
 def ingest_dumps(city_file: Path, scheduler: str) -> dict[str, Any] | None:
     """Bring new dumps into the cube; the ledger entry without its file list, or None."""
-    with Client(scheduler) as client, _tell() as tell:
-        entry = ingest(load_city(city_file), client=client, tell=tell)
+    city = load_city(city_file)
+    with Client(scheduler) as client, _tell(city.name) as tell:
+        entry = ingest(city, client=client, tell=tell)
     return {k: v for k, v in entry.items() if k != "files"} if entry else None
 
 
@@ -82,11 +84,9 @@ def ingest_dumps(city_file: Path, scheduler: str) -> dict[str, Any] | None:
 def tune_baseline(city_file: Path) -> Path:
     """Tune kernel density on the training tiles; returns the model file."""
     city = load_city(city_file)
-    with _tell() as tell:
+    with _tell(city.name) as tell:
         model = tune_kde(city, tell)
-    path = city.workspace_path / "kde.json"
-    path.write_text(model.model_dump_json(indent=1))
-    return path
+    return write_whole(city.workspace_path / "kde.json", model.model_dump_json(indent=1))
 
 
 def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
@@ -101,8 +101,9 @@ def predict(
     allow_incomplete: bool = False, hold: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Predict what changed and publish the map; returns its record."""
-    with Client(scheduler) as client, _tell() as tell:
-        return infer(load_city(city_file), str(weights) if weights else None, group, client, tell, full, allow_incomplete, hold)
+    city = load_city(city_file)
+    with Client(scheduler) as client, _tell(f"{city.name}-{group}") as tell:
+        return infer(city, str(weights) if weights else None, group, client, tell, full, allow_incomplete, hold)
 
 
 @task(name="export")
@@ -123,8 +124,9 @@ def export_maps(city_file: Path) -> dict[str, Path]:
 @task(name="score")
 def score(city_file: Path, scheduler: str, group: str = "map", held: bool = False) -> CityScores:
     """Scores against the labels; of the candidate, where it is held."""
-    with Client(scheduler) as client, _tell() as tell:
-        return score_city(load_city(city_file), group, tell, client, held)
+    city = load_city(city_file)
+    with Client(scheduler) as client, _tell(f"{city.name}-{group}") as tell:
+        return score_city(city, group, tell, client, held)
 
 
 @task(name="decide")

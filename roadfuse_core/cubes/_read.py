@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from roadfuse_core.cubes._render import Layer
 from roadfuse_core.cubes._repository import open_repository, read_group
@@ -76,4 +76,4 @@ class CubeReader:
         async def listed() -> list[TileIndex]:
             return [TileIndex(*place) async for place in self.root.store.session.chunk_coordinates("/total/count")]
 
-        return sorted(asyncio.run(listed()))
+        return sorted(sync(listed()))

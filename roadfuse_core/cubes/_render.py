@@ -96,7 +96,7 @@ def _layer(sums: Mapping[str, NDArray[np.int64]], layer: Layer) -> NDArray[np.fl
 def _smooth(x, weights):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     """A symmetric separable kernel with zeros outside, (H, W) float32; each pixel by the same additions, wherever it lies.
 
-    Three times as fast as SciPy's filter, with which a test compares it.
+    A test compares it with SciPy's filter.
     """
     height, width = x.shape
     n = len(weights)

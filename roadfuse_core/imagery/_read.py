@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rasterio
@@ -27,7 +27,7 @@ from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Bounds, Grid
 from roadfuse_core.settings import City, ImagerySpec
 
-__all__ = ["ImageryReader", "find_imagery", "imagery_identity", "open_raster", "warped"]
+__all__ = ["ImageFile", "ImageryReader", "find_imagery", "identify", "open_raster", "warped"]
 
 SQUARE = 512
 
@@ -47,10 +47,24 @@ def find_imagery(city: City) -> list[str]:
     return sorted(out)
 
 
-def imagery_identity(paths: list[str]) -> str:
-    """A digest that changes when a file is added, removed or rewritten (name, size, time of change)."""
-    facts = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+class ImageFile(NamedTuple):
+    """An image as it is now; another one when the file is rewritten.
+
+    Attributes:
+        path: Absolute.
+        size: Bytes.
+        changed_ns: Time of the last change, nanoseconds since 1970.
+    """
+
+    path: str
+    size: int
+    changed_ns: int
+
+
+def identify(paths: Sequence[str]) -> tuple[ImageFile, ...]:
+    """What the files are now."""
+    stats = [os.stat(p) for p in paths]
+    return tuple(ImageFile(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,7 +39,6 @@ __all__ = [
     "windows_of",
 ]
 
-log = logging.getLogger(__name__)
 # What bad data and a bad device raise; everything else is a bug and stops the refresh.
 FAULTS = (DataError, StoreError, RasterioError, IcechunkError, OSError, RuntimeError, ValueError, zipfile.BadZipFile)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from roadfuse_core.files import write_whole
 from roadfuse_core.inference._predictor import Precision, Predictor, PredictorRef, device_name, load_predictor
 from roadfuse_core.settings import ModelSpec
 
@@ -68,8 +69,7 @@ def calibrate(
     batch = next(n for n in sizes if measured[n] * ENOUGH <= fastest)
     found = Calibration(device_name(), batch, precision, measured[batch], changed)
     log.info("%s on %s: batch %d, %s, %.1f ms a window", ref.path.stem, found.device, batch, precision, 1e3 * measured[batch])
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(found)))
+    write_whole(path, json.dumps(asdict(found)))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, render
+from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, open_repository, render
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import Block, Bounds, Grid
-from roadfuse_core.imagery import ImageryReader, find_imagery
+from roadfuse_core.imagery import ImageFile, ImageryReader, find_imagery, identify
 from roadfuse_core.settings import City, ImagerySpec
 
-__all__ = ["Evidence", "Region", "images_of", "reach_px", "read_evidence", "read_region"]
+__all__ = ["Evidence", "Region", "images_of", "reach_px", "read_evidence", "read_region", "readers_of"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,14 @@ class Evidence:
         cubes: Path of the cube repository; None without points.
         snapshot: Which snapshot of it.
         imagery: Imagery settings; None without images.
-        images: Absolute paths.
+        images: Its files as they are now, so that readers of a file that was rewritten are not used again.
     """
 
     grid: Grid
     cubes: str | None
     snapshot: str | None
     imagery: ImagerySpec | None
-    images: tuple[str, ...]
+    images: tuple[ImageFile, ...]
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,21 @@ def read_evidence(city: City) -> Evidence:
         ConfigError: Imagery is missing or lies elsewhere.
         StoreError: The city has points but no cube yet.
     """
-    grid, images = city.make_grid(), tuple(find_imagery(city))
-    if city.imagery and not ImageryReader(city.imagery, list(images), grid).covers():
+    snapshot = str(open_repository(cubes_path(city)).lookup_branch("main")) if city.points else None
+    cubes = str(cubes_path(city)) if city.points else None
+    evidence = Evidence(city.make_grid(), cubes, snapshot, city.imagery, identify(find_imagery(city)))
+    _, images = readers_of(evidence)
+    if images and not images.covers():
+        assert city.imagery
         raise ConfigError("imagery.sources", city.imagery.sources, "lies outside the city's bounds",
                           "correct grid.bounds or the files")  # fmt: skip
-    snapshot = CubeReader(cubes_path(city)).snapshot if city.points else None
-    return Evidence(grid, str(cubes_path(city)) if city.points else None, snapshot, city.imagery, images)
+    return evidence
 
 
-def images_of(evidence: Evidence) -> list[tuple[str, int, int, Bounds]]:
-    """Path, size, time of change (ns) and box of every image: what it is, and where it reaches."""
-    if not evidence.imagery:
-        return []
-    boxes = ImageryReader(evidence.imagery, list(evidence.images), evidence.grid).boxes()
-    return [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns, box) for p, box in zip(evidence.images, boxes, strict=True)]
+def images_of(evidence: Evidence) -> list[tuple[ImageFile, Bounds]]:
+    """Every image: what it is, and where it reaches."""
+    _, images = readers_of(evidence)
+    return list(zip(evidence.images, images.boxes(), strict=True)) if images else []
 
 
 def reach_px(window_px: int) -> int:
@@ -86,7 +86,7 @@ def reach_px(window_px: int) -> int:
 def readers_of(evidence: Evidence) -> tuple[CubeReader | None, ImageryReader | None]:
     """A worker's own readers."""
     cube = CubeReader(Path(evidence.cubes), evidence.snapshot) if evidence.cubes else None
-    images = ImageryReader(evidence.imagery, list(evidence.images), evidence.grid) if evidence.imagery else None
+    images = ImageryReader(evidence.imagery, [f.path for f in evidence.images], evidence.grid) if evidence.imagery else None
     return cube, images
 
 

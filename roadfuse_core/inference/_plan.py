@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from roadfuse_core.cluster import count_gpus, count_workers
-from roadfuse_core.cubes import CubeReader, changed_tiles, halo_px, worker_memory
+from roadfuse_core.cubes import changed_tiles, halo_px, worker_memory
 from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.grid import Block, Bounds, Grid, Lattice, TileIndex, blocks_of
+from roadfuse_core.imagery import ImageFile
 from roadfuse_core.inference._blocks import BlockJob, region_of
 from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
-from roadfuse_core.inference._evidence import Evidence, images_of, reach_px, read_evidence, read_region
+from roadfuse_core.inference._evidence import Evidence, images_of, reach_px, read_evidence, read_region, readers_of
 from roadfuse_core.inference._map import MapRecord, standing_record
 from roadfuse_core.inference._predictor import Predictor, PredictorRef, load_predictor, resolve_weights
 from roadfuse_core.settings import City
@@ -32,7 +33,7 @@ BLOCK_PX = 1024
 GPU_BLOCK_PX = 4096
 SAMPLE = 4
 GIB = 2**30
-# A worker process with its libraries, before any data: measured by `python -m tests.benchmarks.inference`.
+# A worker process with its libraries, before any data, with a margin.
 PROCESS_BYTES = 600 * 2**20
 Facts = dict[str, Any]
 
@@ -157,16 +158,18 @@ def _require_fit(city: City, predictor: Predictor, evidence: Evidence) -> None:
         raise ConfigError("model.weights", city.model.weights, "needs trajectories, and the city has none", "add points")
     if not predictor.layers and not evidence.images:
         raise ConfigError("model.weights", city.model.weights, "needs imagery, and the city has none", "add imagery")
-    if evidence.cubes:
-        CubeReader(Path(evidence.cubes), evidence.snapshot).require(predictor.layers)
+    cube, _ = readers_of(evidence)
+    if cube:
+        cube.require(predictor.layers)
 
 
-def _possible(evidence: Evidence, lattice: Lattice, images: list[tuple[str, int, int, Bounds]]) -> NDArray[np.bool_]:
+def _possible(evidence: Evidence, lattice: Lattice, images: list[tuple[ImageFile, Bounds]]) -> NDArray[np.bool_]:
     """Windows that touch an image's box or a tile with points."""
     grid = evidence.grid
-    boxes = [_pixels(grid, box) for *_, box in images]
-    if evidence.cubes:
-        boxes += [_tile(grid, t) for t in CubeReader(Path(evidence.cubes), evidence.snapshot).occupied()]
+    boxes = [_pixels(grid, box) for _, box in images]
+    cube, _ = readers_of(evidence)
+    if cube:
+        boxes += [_tile(grid, t) for t in cube.occupied()]
     return windows_meeting(grid, lattice, boxes)
 
 
@@ -185,7 +188,7 @@ def _pixels(grid: Grid, box: Bounds) -> Block:
 
 def _identity(
     evidence: Evidence, model: PredictorRef, calibration: Calibration, lattice: Lattice, threshold: int,
-    images: list[tuple[str, int, int, Bounds]],
+    images: list[tuple[ImageFile, Bounds]],
 ) -> Facts:  # fmt: skip
     """What decides a map: the parts that cannot change without predicting everything, and those that can."""
     settings = evidence.imagery.model_dump(mode="json") if evidence.imagery and images else None
@@ -195,7 +198,7 @@ def _identity(
         "device": calibration.device, "window_px": lattice.window_px, "stride_px": lattice.stride_px, "threshold": threshold,
         "points": evidence.cubes is not None,
     }  # fmt: skip
-    return {"fixed": fixed, "snapshot": evidence.snapshot, "images": [[p, size, ns, list(box)] for p, size, ns, box in images]}
+    return {"fixed": fixed, "snapshot": evidence.snapshot, "images": [[*file, list(box)] for file, box in images]}
 
 
 def _hash(parts: Sequence[Any]) -> str:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import icechunk
 import zarr
@@ -17,6 +16,7 @@ from dask.distributed import Client, KilledWorker
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.cubes import committer_lock, open_repository, publish, storing
 from roadfuse_core.errors import RoadFuseError, StoreError
+from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Block
 from roadfuse_core.inference._blocks import (
     AssembleJob,
@@ -67,7 +67,7 @@ def infer(
 
     Returns:
         The map's record: identity, windows predicted and failed, nodata and road counts; "held" where it waits for its
-        release.
+        release, "unchanged" where it stood already.
 
     Raises:
         ConfigError: The model cannot use what the city has.
@@ -78,22 +78,22 @@ def infer(
         plan = plan_refresh(city, weights, group, full)
         if plan.standing and plan.standing["identity"] == plan.identity and not plan.standing["failed"]:
             log.info("%s: nothing changed since %s", group, plan.standing["made"])
-            return plan.standing
+            return plan.standing | {"unchanged": True}
         if hold and (waiting := _waiting(city, group)) and waiting["identity"] == plan.identity and not waiting["failed"]:
             return waiting | {"held": True}
         scratch = city.workspace_path / "scratch" / f"{group}-{plan.digest}"
         scratch.mkdir(parents=True, exist_ok=True)
-        reports = _predict(plan, scratch, client, tell)
+        jobs = plan.jobs(scratch)
+        reports = _predict(plan, jobs, client, tell)
         failed = [f for report in reports for f in report.failed]
         _tell_failures(city, group, failed, allow_incomplete)
-        record = _publish(city, plan, group, scratch, reports, failed, client, tell, hold)
+        record = _publish(city, plan, group, jobs, reports, failed, client, tell, hold)
         shutil.rmtree(scratch, ignore_errors=True)
         return record | {"held": True} if hold else record
 
 
-def _predict(plan: RefreshPlan, scratch: Path, client: Client | None, tell: Progress) -> list[BlockReport]:
+def _predict(plan: RefreshPlan, jobs: Sequence[BlockJob], client: Client | None, tell: Progress) -> list[BlockReport]:
     """All blocks; those that fail once more, elsewhere, and window by window."""
-    jobs = plan.jobs(scratch)
     if client:
         client.register_plugin(LoadModel(plan.model, plan.evidence.grid.resolution_m))
     workers = len(client.scheduler_info(n_workers=-1)["workers"]) if client else 1
@@ -125,8 +125,7 @@ def _tell_failures(city: City, group: str, failed: Sequence[Failure], allowed: b
     if not failed:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([vars(f) for f in failed], indent=1))
+    write_whole(path, json.dumps([vars(f) for f in failed], indent=1))
     first = failed[0]
     line = (
         f"{group}: {len(failed)} windows could not be predicted, the first at row {first.row}, column {first.col} ({first.why})"
@@ -139,8 +138,8 @@ def _tell_failures(city: City, group: str, failed: Sequence[Failure], allowed: b
 
 
 def _publish(
-    city: City, plan: RefreshPlan, group: str, scratch: Path, reports: Sequence[BlockReport], failed: Sequence[Failure],
-    client: Client | None, tell: Progress, hold: bool,
+    city: City, plan: RefreshPlan, group: str, jobs: Sequence[BlockJob], reports: Sequence[BlockReport],
+    failed: Sequence[Failure], client: Client | None, tell: Progress, hold: bool,
 ) -> MapRecord:  # fmt: skip
     """Assemble on a staging branch; move `main` to it in one step and tag it, or leave it as a candidate."""
     repository = open_repository(maps_path(city), create=True)
@@ -151,7 +150,7 @@ def _publish(
     repository.create_branch(staging, base)
     prepare_map(repository, staging, group, plan.evidence.grid, plan.planes, anew=plan.standing is None)
     session = repository.writable_session(staging)
-    grown = _assemble(plan, group, session, scratch, client, tell)
+    grown = _assemble(plan, group, session, jobs, client, tell)
     height, width = plan.evidence.grid.shape
     nodata, road = (plan.standing["nodata_px"], plan.standing["road_px"]) if plan.standing else (height * width, 0)
     made = datetime.now(UTC)
@@ -237,10 +236,7 @@ def rollback(city: City, to: str | None = None, dry_run: bool = False) -> str:
         now = repository.lookup_branch("main")
         snapshots = {tag: repository.lookup_tag(tag) for tag, _ in published(city)}
         tags = list(snapshots)
-        if to is None:
-            here = next((k for k, tag in enumerate(tags) if snapshots[tag] == now), -1)
-            later = [t for t in tags[here + 1 :] if snapshots[t] != now]
-            to = later[0] if later else None
+        to = to or _before(tags, snapshots, {s.id for s in repository.ancestry(branch="main")})
         if to is None or to not in snapshots:
             known = ", ".join(tags) or "none"
             raise StoreError(f"{maps_path(city)}: has no {to or 'earlier map'} to go back to; published maps are: {known}")
@@ -249,13 +245,24 @@ def rollback(city: City, to: str | None = None, dry_run: bool = False) -> str:
         return to
 
 
+def _before(tags: Sequence[str], snapshots: dict[str, str], line: set[str]) -> str | None:
+    """The newest tag behind the map that stands; what was published after it may be another group's."""
+    here = next((k for k, tag in enumerate(tags) if snapshots[tag] in line), len(tags))
+    return next((t for t in tags[here + 1 :] if snapshots[t] != snapshots[tags[here]]), None)
+
+
 def _assemble(
-    plan: RefreshPlan, group: str, session: icechunk.Session, scratch: Path, client: Client | None, tell: Progress
+    plan: RefreshPlan,
+    group: str,
+    session: icechunk.Session,
+    predicted: Sequence[BlockJob],
+    client: Client | None,
+    tell: Progress,
 ) -> tuple[int, int]:
     """Write all blocks with changing pixels; by how many pixels without data and of road have grown."""
     fork = session.fork()
-    reach = {job.block: region_of(plan.lattice, job.block) for job in plan.jobs(scratch)}
-    near = _Neighbours(list(plan.jobs(scratch)), reach, plan.block_px)
+    there = [job for job in predicted if job.file.exists()]  # a block that killed its workers has left nothing
+    near = _Neighbours(there, {job.block: region_of(plan.lattice, job.block) for job in there}, plan.block_px)
     jobs = []
     for block in plan.blocks():
         cells, sources = plan.cells(block), near.of(block)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from roadfuse_core.cubes import LedgerEntry
+from roadfuse_core.files import write_whole
 from roadfuse_core.settings import City
 
 __all__ = ["Verdict", "append_history", "judge", "read_history", "write_metrics"]
@@ -81,18 +82,14 @@ def write_metrics(city: City, entry: Facts, dumps: list[LedgerEntry]) -> Path:
     values = {
         "g_iou": entry["scores"].get("map", {}).get("test", {}).get("g_iou"),
         "held_back": int(not entry["published"]),
-        "windows_predicted": entry["record"]["windows"],
+        "windows_predicted": 0 if entry["record"].get("unchanged") else entry["record"]["windows"],
         "windows_failed": entry["windows_failed"],
         "refresh_seconds": round(entry["seconds"], 3),
         "rows_rejected_share": sum(newest["rejected"].values()) / newest["rows"] if newest and newest["rows"] else None,
         "published_timestamp_seconds": _last_published(city),
     }
     lines = [f'roadfuse_{name}{{city="{city.name}"}} {value}' for name, value in values.items() if value is not None]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("\n".join(f"# TYPE {line.split('{')[0]} gauge\n{line}" for line in lines) + "\n")
-    part.rename(path)
-    return path
+    return write_whole(path, "\n".join(f"# TYPE {line.split('{')[0]} gauge\n{line}" for line in lines) + "\n")
 
 
 def _last_published(city: City) -> float | None:

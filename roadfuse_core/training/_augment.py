@@ -197,7 +197,6 @@ def render_points(window: Tensor, place: Tensor, sums: Tensor, n: int, layers: t
         sums: (m, arrays) int64, in the order of `arrays_of_layers`.
         n: Windows.
         layers: What to render.
-        arrays: Names of `sums`.
         px: Edge of the output.
 
     Returns:

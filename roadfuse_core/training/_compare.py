@@ -20,6 +20,7 @@ from scipy import stats
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.errors import ConfigError
+from roadfuse_core.files import write_whole
 from roadfuse_core.models import describe, load_checkpoint
 from roadfuse_core.training._fit import lay_split, split_recipe, train
 from roadfuse_core.training._pictures import panel, to_png, window_inputs
@@ -152,7 +153,7 @@ def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
     }  # fmt: skip
     if job.suite:
         row["suite"] = [[d.family, d.level, found[d.family, d.level].scores.g_iou] for d in damages]
-    row_file.write_text(json.dumps(row))
+    write_whole(row_file, json.dumps(row))
     return row
 
 

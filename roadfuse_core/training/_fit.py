@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
+from roadfuse_core.files import write_whole
 from roadfuse_core.grid import TileIndex, split_tiles
 from roadfuse_core.models import (
     CheckpointInfo,
@@ -169,12 +170,12 @@ def train(
     if not done.is_file():
         _begin(recipe)  # whatever is wrong with the network is said before data is read
         splits = split_recipe(recipe)
-        (out / "splits.json").write_text(json.dumps(asdict(splits), indent=1))
+        write_whole(out / "splits.json", json.dumps(asdict(splits), indent=1))
         grounds = _lay_all(recipe, splits, out.parent / "ground", tell)
         ranks = recipe.ranks or max(1, count_gpus())
         began = time.perf_counter()
         result = _run_ranks(recipe, grounds, out, ranks, tell, threads, cluster)
-        done.write_text(json.dumps(result | {"seconds": time.perf_counter() - began}))
+        write_whole(done, json.dumps(result | {"seconds": time.perf_counter() - began}))
     facts = json.loads(done.read_text())
     return Trained(out / "checkpoint.safetensors", out / "splits.json", facts["g_iou"], facts["epochs"])
 
@@ -184,7 +185,7 @@ def _own(out: Path, recipe: Recipe) -> None:
     text = recipe.model_dump_json(indent=1)
     if mark.is_file() and mark.read_text() != text:
         raise StoreError(f"{out}: holds a run of another recipe; give another --out, or remove the folder")
-    mark.write_text(text)
+    write_whole(mark, text)
 
 
 def _begin(recipe: Recipe) -> Network:
@@ -423,7 +424,7 @@ def _save(recipe: Recipe, network: Network, out: Path) -> None:
     part = out / "checkpoint.part"
     save_checkpoint(part, network.eval(), info)
     part.rename(out / "checkpoint.safetensors")
-    (out / "checkpoint.json").write_text(info.model_dump_json(indent=1) + "\n")
+    write_whole(out / "checkpoint.json", info.model_dump_json(indent=1) + "\n")
     for folder in out.glob("stage-*"):
         shutil.rmtree(folder)
 

@@ -179,7 +179,7 @@ def _open_labels(city: City, labels: str, grid: Grid) -> RoadMap:
 def _digest(city: City, evidence: Evidence, tiles: list[TileIndex], labels: str, arrays: tuple[str, ...], image: bool) -> str:
     spec = city.labels.get("roads") if labels == "roads" else city.existing_map
     assert spec is not None
-    files = [city.path(spec.path), *(Path(p) for p in (evidence.images if image else ()))]
+    files = [city.path(spec.path), *(Path(f.path) for f in (evidence.images if image else ()))]
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     text = repr([evidence.grid, evidence.snapshot, spec, evidence.imagery, stamps, tiles, arrays])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -198,7 +198,7 @@ def _write_tiles(
     pictures = np.memmap(part / "image.u8", np.uint8, "w+", shape=(4, *grid.shape))
     labels = np.memmap(part / "label.u8", np.uint8, "w+", shape=grid.shape)
     cube = CubeReader(Path(evidence.cubes), evidence.snapshot) if evidence.cubes and arrays else None
-    images = ImageryReader(evidence.imagery, list(evidence.images), grid) if evidence.imagery and image else None
+    images = ImageryReader(evidence.imagery, [f.path for f in evidence.images], grid) if evidence.imagery and image else None
     place, sums, road, known = [np.empty((0, 2), np.int32)], [np.empty((0, len(arrays)), np.int64)], [], []
     evident = False
     for done, tile in enumerate(tiles, start=1):

@@ -12,10 +12,12 @@ import threading
 import time
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import rasterio
 import torch
+from dask.distributed import WorkerPlugin
 
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.cubes import ingest
@@ -75,6 +77,53 @@ def test_a_damaged_image_stops_the_map_or_leaves_a_hole_and_is_healed(city):
     healed = infer(city)
     assert not healed["failed"]
     assert not (layers(city)["road"] == NODATA).any()
+    assert_equal_to_a_full_one(city)
+
+
+def test_a_block_that_kills_its_workers_is_a_hole_of_the_rest(city, monkeypatch):
+    ingest(city)
+    monkeypatch.setattr(planning, "BLOCK_PX", 128)
+
+    class Deadly(WorkerPlugin):
+        """The process that reads the corner of the city dies, as one that the system kills for its memory."""
+
+        def setup(self, worker):
+            import os
+
+            from roadfuse_core.inference import _blocks
+
+            real = _blocks.read_region
+
+            def read(evidence, layers, image, at, reach=0):
+                if at.row0 < 0 and at.col0 < 0:
+                    os._exit(1)
+                return real(evidence, layers, image, at, reach)
+
+            _blocks.read_region = read
+
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}), open_cluster(ClusterSpec(workers=2)) as client:
+        client.register_plugin(Deadly())
+        with pytest.raises(IncompleteError, match=r"KilledWorker"):
+            infer(city, client=client)
+        record = infer(city, client=client, allow_incomplete=True)
+    assert record["failed"]
+    hole = layers(city)["road"] == NODATA
+    assert hole[:64, :64].all()
+    assert not hole[192:].any()
+    healed = infer(city)
+    assert not healed["failed"]
+    assert_equal_to_a_full_one(city)
+
+
+def test_an_image_that_was_rewritten_is_placed_anew_by_a_process_that_read_it_before(city):
+    ingest(city)
+    infer(city)
+    path = Path(find_imagery(city)[0])
+    with rasterio.open(path) as source:
+        pixels, profile = source.read()[:, :128], source.profile | {"height": 128}
+    with rasterio.open(path, "w", **profile) as target:
+        target.write(pixels)
+    infer(city)
     assert_equal_to_a_full_one(city)
 
 

@@ -8,7 +8,7 @@ from rasterio.transform import from_origin
 
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Grid
-from roadfuse_core.imagery import ImageryReader, imagery_identity
+from roadfuse_core.imagery import ImageryReader, identify
 from roadfuse_core.labels import open_map
 from roadfuse_core.settings import City, ImagerySpec, MapSpec
 
@@ -125,10 +125,10 @@ def test_a_picture_without_a_crs_or_that_is_none(tmp_path):
 
 def test_the_identity_changes_with_the_file(tmp_path):
     path = write(tmp_path / "a.tif", *scene("EPSG:32633", 1.0), "EPSG:32633")
-    before = imagery_identity([path])
-    assert imagery_identity([path]) == before
+    before = identify([path])
+    assert identify([path]) == before
     write(tmp_path / "a.tif", *scene("EPSG:32633", 0.9), "EPSG:32633")
-    assert imagery_identity([path]) != before
+    assert identify([path]) != before
 
 
 def test_lines_are_drawn_at_their_width_and_known_inside_their_hull(tmp_path):
