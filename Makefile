@@ -7,8 +7,9 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow lint bench clean
 
 # Simulate a city, ingest, predict, score, report: prints the scores and where the map and the report lie.
+# With SERVER=1 on a Prefect server, whose UI stays open at the printed address until Ctrl-C.
 demo: $(READY)
-	$(BIN)/roadfuse demo --out demo
+	$(BIN)/roadfuse demo --out demo $(if $(SERVER),--server)
 
 test: $(READY)
 	$(BIN)/python -m pytest

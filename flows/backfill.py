@@ -28,7 +28,7 @@ def backfill(
     """Bring new files that hold times of a range into the cube, as one dump; files are taken whole.
 
     Args:
-        city_file: The city file.
+        city_file: Path of city.yaml, as the worker sees it.
         since: First time.
         until: First time after the range.
         replace: A dump that leaves the cube in the same step.

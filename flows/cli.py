@@ -40,12 +40,31 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the simulated city.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Another seed, another city; shipped weights know 1000 and above.")] = 7,
     size_m: Annotated[float, typer.Option(help="Edge of the city, metres.")] = 2048.0,
+    server: Annotated[bool, typer.Option("--server", help="Start a Prefect server for it, and leave its UI open.")] = False,
 ) -> None:
     """Simulate a city and refresh it, end to end."""
+    if server:
+        _demo_on_a_server(out.resolve(), seed, size_m)
+        return
     prepare_prefect()
     from flows.demo import demo as flow
 
     _show_refresh(flow(out.resolve(), seed, size_m))
+
+
+def _demo_on_a_server(out: Path, seed: int, size_m: float) -> None:
+    """The demo as operators see it: its run in the UI, and the city's deployments, until Ctrl-C."""
+    from flows.server import serve_city, start_server
+
+    console.print("starting a Prefect server", style="dim")
+    with start_server(out / "prefect") as address:
+        os.environ["PREFECT_API_URL"] = f"{address}/api"
+        prepare_prefect()
+        from flows.demo import demo as flow
+
+        _show_refresh(flow(out, seed, size_m))
+        console.print(f"Prefect UI: {address}/dashboard\nStop it with Ctrl-C.")
+        serve_city(load_city(out / "city.yaml"), out / "city.yaml", "0 3 * * 1")
 
 
 @app.command()

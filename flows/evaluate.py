@@ -18,7 +18,7 @@ def evaluate(city_file: CityFile) -> CityScores:
     """Score the published map against the labels again.
 
     Args:
-        city_file: The city file.
+        city_file: Path of city.yaml, as the worker sees it.
 
     Returns:
         Scores by subset.

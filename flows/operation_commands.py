@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -55,22 +55,9 @@ def serve(
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL", None, "is not set", "start `prefect server start` and name its address")
     prepare_prefect()
-    from prefect import serve as serve_flows
+    from flows.server import serve_city
 
-    from flows.backfill import backfill as backfill_flow
-    from flows.refresh import refresh as refresh_flow
-    from flows.watch import watch as watch_flow
-
-    parameters = {"city_file": str(city_file.resolve())}
-    tags = ["roadfuse", city.name]
-    deployments: list[Any] = [
-        refresh_flow.to_deployment(f"{city.name}-refresh", cron=cron, parameters=parameters, tags=tags, concurrency_limit=1),
-        backfill_flow.to_deployment(f"{city.name}-backfill", parameters=parameters, tags=tags, concurrency_limit=1),
-    ]
-    if watch_s:
-        deployments.append(watch_flow.to_deployment(f"{city.name}-watch", interval=watch_s, parameters=parameters, tags=tags,
-                                                    concurrency_limit=1))  # fmt: skip
-    serve_flows(*deployments, limit=1)
+    serve_city(city, city_file.resolve(), cron, watch_s)
 
 
 @app.command()

@@ -64,7 +64,7 @@ def refresh(
     back; the run ends as "Held back".
 
     Args:
-        city_file: The city file.
+        city_file: Path of city.yaml, as the worker sees it.
         baseline: Also predict by kernel density, where there are points and labels.
         full: Predict everything anew.
         allow_incomplete: Publish although windows could not be predicted.

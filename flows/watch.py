@@ -19,7 +19,7 @@ def watch(city_file: CityFile) -> dict[str, Any] | None:
     """Refresh the city if there are files that its ledger does not know; a poll that costs next to nothing.
 
     Args:
-        city_file: The city file.
+        city_file: Path of city.yaml, as the worker sees it.
 
     Returns:
         What `refresh` returned, or None.

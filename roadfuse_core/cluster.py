@@ -107,6 +107,7 @@ def _local_cluster(spec: ClusterSpec, gpus: int) -> Any:
 def run_jobs(
     client: Client | None, function: Callable[[Job], Result], jobs: Sequence[Job], what: str, tell: Progress = quiet,
     on_error: Callable[[Job, Exception], Result] | None = None, avoid: Sequence[str | None] = (),
+    amount: Callable[[Result], int] = lambda result: 1, expected: int | None = None,
 ) -> list[Result]:  # fmt: skip
     """Run a function on every job and return the results in the jobs' order.
 
@@ -115,25 +116,28 @@ def run_jobs(
         function: Importable by name on the workers.
         jobs: Small picklable records.
         what: Name for the progress.
-        tell: Called with (what, done, total) after each job.
+        tell: Called with (what, done, total) after each job, in the unit of `amount`.
         on_error: Makes a result of a job's error, or raises.
         avoid: For each job the address of a worker that should not get it, if there are others.
+        amount: How much a result is worth, in rows, windows or whatever is counted; by default every job is one.
+        expected: The sum of all amounts, as far as it is known before.
 
     Raises:
         Exception: The first error of a job; the others are cancelled.
         ClusterLostError: The scheduler has gone.
     """
-    tell(what, 0, len(jobs))
+    count = _Count(what, len(jobs) if expected is None else expected, tell)
     if client is None:
         results = []
-        for done, job in enumerate(jobs, start=1):
+        for job in jobs:
             try:
                 results.append(function(job))
             except Exception as error:
                 if on_error is None:
                     raise
                 results.append(on_error(job, error))
-            tell(what, done, len(jobs))
+            count.add(amount(results[-1]))
+        count.end()
         return results
     futures = _submit(client, function, jobs, avoid)
     place = {future.key: k for k, future in enumerate(futures)}
@@ -150,13 +154,30 @@ def run_jobs(
                     raise
                 out[k] = on_error(jobs[k], error)
             future.release()
-            tell(what, len(out), len(jobs))
+            count.add(amount(out[k]))
     finally:
         with suppress(CommClosedError, OSError, TimeoutError):
             client.cancel(futures)
     if len(out) < len(jobs):
         raise ClusterLostError(f"{what}: the Dask scheduler was lost; run again, what is done is kept")
+    count.end()
     return [out[k] for k in range(len(jobs))]
+
+
+class _Count:
+    """Tells how much is done of what was expected; at the end, of what there was."""
+
+    def __init__(self, what: str, expected: int, tell: Progress) -> None:
+        self.what, self.expected, self.tell, self.done = what, expected, tell, 0
+        tell(what, 0, expected)
+
+    def add(self, amount: int) -> None:
+        self.done += amount
+        self.tell(self.what, min(self.done, self.expected), self.expected)
+
+    def end(self) -> None:
+        if self.done != self.expected:
+            self.tell(self.what, self.done, self.done)
 
 
 def _submit(client: Client, function: Callable[[Job], Result], jobs: Sequence[Job], avoid: Sequence[str | None]) -> list[Any]:

@@ -45,7 +45,7 @@ class ProgressArtifact:
         now, percent = time.monotonic(), 100.0 * done / max(total, 1)
         if what not in self.ids:
             self.began[what] = now
-            self.ids[what] = create_progress_artifact(percent, key=slug(self.name, what), description=f"{what}: {total:,} jobs")
+            self.ids[what] = create_progress_artifact(percent, key=slug(self.name, what), description=f"{what}: 0 of {total:,}")
         elif done == total or now - self.last[what] > EVERY_S:
             spent = now - self.began[what]
             left = spent * (total - done) / max(done, 1)
@@ -111,10 +111,11 @@ def _scores(city: City, scored: Mapping[str, CityScores]) -> list[str]:
 
 def _points(city: City) -> list[str]:
     dumps = list(ledger(city).values()) if city.points else []
-    rows = ["## Points", "| dump | rows | kept | rejected by reason |", "| --- | --- | --- | --- |"]
-    for d in dumps[-5:]:
-        why = ", ".join(f"{k} {v:,}" for k, v in d["rejected"].items()) or "none"
-        rows.append(f"| `{d['dump']}` | {d['rows']:,} | {d['kept']:,} | {why} |")
+    rows = ["## Points", "| newest dumps | rows | share |", "| --- | --- | --- |"]
+    for d in reversed(dumps[-3:]):
+        rows.append(f"| **`{d['dump']}`** | **{d['rows']:,}** | |")
+        for name, n in [("kept", d["kept"]), *((f"rejected: {k.replace('_', ' ')}", v) for k, v in d["rejected"].items())]:
+            rows.append(f"| {name} | {n:,} | {n / max(d['rows'], 1):.1%} |")
     return rows if dumps else ["No points."]
 
 

@@ -125,7 +125,7 @@ def export_maps(city_file: Path) -> dict[str, Path]:
 def score(city_file: Path, scheduler: str, group: str = "map", held: bool = False) -> CityScores:
     """Scores against the labels; of the candidate, where it is held."""
     city = load_city(city_file)
-    with Client(scheduler) as client, _tell(f"{city.name}-{group}") as tell:
+    with Client(scheduler) as client, _tell(city.name) as tell:
         return score_city(city, group, tell, client, held)
 
 

@@ -25,7 +25,8 @@ class Expiry:
     Attributes:
         snapshots: Snapshots that are no longer readable.
         bytes: Stored data that nothing refers to; of a dry run, only what nothing refers to already.
-        leftovers: Files and folders of shards that no dump in the ledger needs, and half-written files.
+        leftovers: Files and folders of shards that no dump in the ledger needs, half-written files, and blocks of
+            refreshes that were stopped before the time and never went on.
     """
 
     snapshots: int
@@ -49,7 +50,8 @@ def expire(city: City, older_than: datetime, dry_run: bool = False, keep: str | 
     with committer_lock(city.workspace_path):
         cubes_before = min([before, *_made(city, keep)])
         done = [_expire_one(p, cubes_before if p == cubes_path(city) else before, dry_run) for p in _repositories(city)]
-        leftovers = leftover_shards(city) + [p for path in _repositories(city) for p in path.rglob("*#[0-9]*")]
+        scratch = [p for p in (city.workspace_path / "scratch").glob("*") if p.stat().st_mtime < before.timestamp()]
+        leftovers = leftover_shards(city) + scratch + [p for path in _repositories(city) for p in path.rglob("*#[0-9]*")]
         if not dry_run:
             remove_shards(leftovers)
     return Expiry(sum(d[0] for d in done), sum(d[1] for d in done), len(leftovers))

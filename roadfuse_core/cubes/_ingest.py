@@ -93,7 +93,7 @@ def ingest(
         began = time.perf_counter()
         folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid, plan.rows_per_slice)}"
         jobs = _slices(plan, spec, folder, client, tell, str(quarantine or ""), grid)
-        reports = run_jobs(client, map_slice, jobs, "reading points", tell)
+        reports = run_jobs(client, map_slice, jobs, "reading points", tell, amount=lambda r: r.rows, expected=plan.rows)
         entry = _entry(plan, spec, reports, began) | {"shards": folder.name}
         _refuse_spoilt(entry, spec)
         repository = open_repository(cubes_path(city), create=True)

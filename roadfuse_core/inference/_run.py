@@ -99,17 +99,21 @@ def _predict(plan: RefreshPlan, jobs: Sequence[BlockJob], client: Client | None,
     workers = len(client.scheduler_info(n_workers=-1)["workers"]) if client else 1
     length = max(1, min(CHAIN, len(jobs) // (3 * max(1, workers)))) if client else CHAIN
     chains = [tuple(jobs[k : k + length]) for k in range(0, len(jobs), length)]
-    found = run_jobs(client, predict_chain, chains, "predicting", tell, on_error=_killed)
+    found = run_jobs(client, predict_chain, chains, "predicting windows", tell, _killed, amount=_windows, expected=plan.windows)
     reports = [report for chain in found for report in chain]
     again = [k for k, report in enumerate(reports) if report.failed]
     if again:
         log.warning("%d blocks failed, the first because of %s; trying again", len(again), reports[again[0]].failed[0].why)
         lenient = [(replace(jobs[k], lenient=True),) for k in again]
         avoid = [reports[k].worker for k in again]
-        second = run_jobs(client, predict_chain, lenient, "trying failed blocks again", tell, on_error=_killed, avoid=avoid)
+        second = run_jobs(client, predict_chain, lenient, "trying failed blocks again", tell, _killed, avoid)
         for k, (report,) in zip(again, second, strict=True):
             reports[k] = report
     return reports
+
+
+def _windows(reports: Sequence[BlockReport]) -> int:
+    return sum(r.windows for r in reports)
 
 
 def _killed(chain: tuple[BlockJob, ...], error: Exception) -> list[BlockReport]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from roadfuse_core.cubes import ledger
+from roadfuse_core.files import write_whole
 from roadfuse_core.inference import MapReader
 from roadfuse_core.metrics import CityScores
 from roadfuse_core.report._pictures import overview_pictures
@@ -56,9 +57,4 @@ def write_report(city: City, scored: dict[str, CityScores], stages: list[Stage],
         longest=max((s.seconds for s in stages), default=1) or 1, dumps=ledger(city), files=files,
         km2=grid.shape[0] * grid.shape[1] * grid.resolution_m**2 / 1e6, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
-    path = city.workspace_path / "report/index.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(page)
-    part.rename(path)
-    return path
+    return write_whole(city.workspace_path / "report/index.html", page)

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +24,13 @@ __all__ = ["Picture", "map_preview", "overview_pictures"]
 
 LONGEST_PX = 1024
 PREVIEW_PX = 512
+BLOCK_PX = 1024
+SAMPLES = 8  # of a picture's pixel, along each edge: more cannot be seen
 HEAT = np.array([[8, 8, 20], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]], float)
 SLACK_M = 10.0
 Floats = NDArray[np.float32]
-Paint = Callable[[int, int, int, int], Floats]
+Where = tuple[int, int, int, int]
+Paint = Callable[[Where, int], Floats]
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,7 @@ class Picture:
 def map_preview(city: City, held: bool = False) -> str:
     """The road probability of a map as a data URI, small enough for an artifact (at most 512 px)."""
     grid, read = city.make_grid(), MapReader(city, held=held)
-    rgb = _reduce(grid, lambda *w: _grey(read, *w), np.mean)
-    step = max(1, -(-max(rgb.shape[1:]) // PREVIEW_PX))
-    buffer = io.BytesIO()
-    small = np.ascontiguousarray(rgb[:, ::step, ::step].clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-    Image.fromarray(small).save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _encode(_reduce(grid, lambda w, step: _grey(read, w, step), np.mean, PREVIEW_PX), "JPEG", quality=80)
 
 
 def overview_pictures(city: City) -> list[Picture]:
@@ -65,26 +64,36 @@ def overview_pictures(city: City) -> list[Picture]:
         out.append(
             _picture(
                 grid,
-                lambda *w: images.window(*w)[0].astype(np.float32),
+                lambda w, step: images.window(*w)[0][:, ::step, ::step].astype(np.float32),
                 "Image",
                 "What the camera saw; black where there is none.",
             )
         )
     if city.points:
         cube = CubeReader(cubes_path(city))
-        heat = _heat(_reduce(grid, lambda *w: cube.window("count", *w)[None].astype(np.float32), np.max))
+        heat = _heat(_reduce(grid, lambda w, _: cube.window("count", *w)[None].astype(np.float32), np.max, samples=None))
         out.append(Picture("Vehicles", "Points per pixel, dark to light on a logarithmic scale.", _encode(heat)))
-    out.append(_picture(grid, lambda *w: _grey(read, *w), "Road probability", "Black 0, white 1; blue where nothing is known."))
+    out.append(
+        _picture(
+            grid, lambda w, step: _grey(read, w, step), "Road probability", "Black 0, white 1; blue where nothing is known."
+        )
+    )
     if "roads" in city.labels:
         labels = open_map(city, city.labels["roads"], "labels.roads", grid)
-        out.append(_picture(grid, lambda *w: _truth(*labels.window(*w)), "Truth", "White is road; blue is unknown."))
-        out.append(_picture(grid, lambda *w: _errors(read, *labels.window(*w), w), "Errors",
+        out.append(
+            _picture(grid, lambda w, step: _truth(*_thin(step, *labels.window(*w))), "Truth", "White is road; blue is unknown.")
+        )
+        out.append(_picture(grid, lambda w, step: _errors(*_thin(step, read.window("road", *w), *labels.window(*w))), "Errors",
                             "Green found, red claimed but not there, blue missed."))  # fmt: skip
     if city.existing_map:
         old = open_map(city, city.existing_map, "existing_map", grid)
-        slack = round(SLACK_M / grid.resolution_m)
+        slack_px = SLACK_M / grid.resolution_m
+
+        def paint(w: Where, step: int) -> Floats:
+            return _change(slack_px / step, *_thin(step, read.window("road", *w), old.window(*w)[0]))
+
         caption = f"Grey in both, orange new, purple perhaps gone (more than {SLACK_M:.0f} m from the other)."
-        out.append(_picture(grid, lambda *w: _change(read, old.window(*w)[0], w, slack), "Against the existing map", caption))
+        out.append(_picture(grid, paint, "Against the existing map", caption))
     return out
 
 
@@ -92,18 +101,30 @@ def _picture(grid: Grid, paint: Paint, title: str, caption: str) -> Picture:
     return Picture(title, caption, _encode(_reduce(grid, paint, np.mean)))
 
 
-def _reduce(grid: Grid, paint: Paint, how: Callable[..., Floats]) -> Floats:
-    """(C, h, w): every factor² pixels become one, by tile rows."""
-    height, width = grid.shape
-    factor = max(1, -(-max(height, width) // LONGEST_PX))
-    while grid.tile_px % factor:
-        factor += 1
-    px, rows = grid.tile_px, []
+def _reduce(
+    grid: Grid, paint: Paint, how: Callable[..., Floats], longest_px: int = LONGEST_PX, samples: int | None = SAMPLES
+) -> Floats:
+    """(C, h, w), at most `longest_px`: every factor² pixels, or so many samples of them, become one, by blocks."""
+    (height, width), rows = grid.shape, []
+    factor = -(-max(height, width) // longest_px)
+    step = max(1, factor // samples) if samples else 1
+    cell = -(-factor // step)
+    px = step * cell * max(1, BLOCK_PX // (step * cell))
     for r in range(0, height, px):
-        strip = [paint(r, c, px, px) for c in range(0, width, px)]
-        small = [how(s.reshape(len(s), px // factor, factor, px // factor, factor), axis=(2, 4)) for s in strip]
-        rows.append(np.concatenate(small, 2))
+        places = [(r, c, min(px, height - r), min(px, width - c)) for c in range(0, width, px)]
+        rows.append(np.concatenate([_cells(paint(w, step), cell, how) for w in places], 2))
     return np.concatenate(rows, 1)
+
+
+def _cells(values: Floats, cell: int, how: Callable[..., Floats]) -> Floats:
+    """Every cell² values become one; an incomplete cell at the city's rim repeats its last values."""
+    c, height, width = values.shape
+    padded = np.pad(values, ((0, 0), (0, -height % cell), (0, -width % cell)), mode="edge")
+    return how(padded.reshape(c, padded.shape[1] // cell, cell, padded.shape[2] // cell, cell), axis=(2, 4))
+
+
+def _thin(step: int, *arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    return tuple(a[::step, ::step] for a in arrays)
 
 
 def _heat(count: Floats) -> Floats:
@@ -119,8 +140,8 @@ def _colours(shape: tuple[int, ...], *pairs: tuple[NDArray[np.bool_], tuple[int,
     return out
 
 
-def _grey(read: MapReader, *where: int) -> Floats:
-    p = read.window("probability", *where)
+def _grey(read: MapReader, where: Where, step: int) -> Floats:
+    p = read.window("probability", *where)[::step, ::step]
     out = np.repeat(p[None].astype(np.float32), 3, 0)
     out[:, p == 255] = np.array([[24], [34], [60]])
     return out
@@ -130,8 +151,8 @@ def _truth(road: NDArray[np.bool_], known: NDArray[np.bool_]) -> Floats:
     return _colours(road.shape, (road, (240, 240, 240)), (~known, (24, 34, 60)))
 
 
-def _errors(read: MapReader, road: NDArray[np.bool_], known: NDArray[np.bool_], where: tuple[int, ...]) -> Floats:
-    p = (read.window("road", *where) == 1) & known
+def _errors(found: NDArray[np.uint8], road: NDArray[np.bool_], known: NDArray[np.bool_]) -> Floats:
+    p = (found == 1) & known
     return _colours(
         road.shape,
         (p & road, (70, 200, 110)),
@@ -141,15 +162,16 @@ def _errors(read: MapReader, road: NDArray[np.bool_], known: NDArray[np.bool_], 
     )
 
 
-def _change(read: MapReader, old: NDArray[np.bool_], where: tuple[int, ...], slack: int) -> Floats:
-    new = read.window("road", *where) == 1
+def _change(slack: float, found: NDArray[np.uint8], old: NDArray[np.bool_]) -> Floats:
+    new = found == 1
     near_old, near_new = (ndimage.distance_transform_edt(~m) <= slack if m.any() else m for m in (old, new))
     return _colours(
         old.shape, (old | new, (110, 110, 110)), (new & ~near_old, (250, 160, 40)), (old & ~near_new, (170, 90, 230))
     )
 
 
-def _encode(rgb: Floats) -> str:
+def _encode(rgb: Floats, kind: str = "WEBP", quality: int = 82) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(rgb.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(buffer, "WEBP", quality=82)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    values = np.ascontiguousarray(rgb.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    Image.fromarray(values).save(buffer, kind, quality=quality)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

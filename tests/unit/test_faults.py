@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dask
@@ -20,10 +21,10 @@ import torch
 from dask.distributed import WorkerPlugin
 
 from roadfuse_core.cluster import open_cluster
-from roadfuse_core.cubes import ingest
+from roadfuse_core.cubes import expire, ingest, ledger
 from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.imagery import find_imagery
-from roadfuse_core.inference import IncompleteError, MapReader, infer, maps_path
+from roadfuse_core.inference import IncompleteError, MapReader, infer, maps_path, release, rollback
 from roadfuse_core.inference import _blocks as blocks_module
 from roadfuse_core.inference import _plan as planning
 from roadfuse_core.inference import _predictor as predictors
@@ -190,6 +191,63 @@ if __name__ == "__main__":
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
 
+def test_what_writes_is_refused_while_a_refresh_runs_and_the_map_comes_out_right(city):
+    """Expiry, rollback, release, an ingest and another refresh, while another process is in the middle of one."""
+    for day in (29, 30):
+        ingest(city, [f"dumps/2026-03-{day}.parquet"])
+        infer(city)
+    ingest(city)
+    go = city.root / "go"
+    code = f"""
+import time
+from pathlib import Path
+from roadfuse_core.inference import infer, _plan
+from roadfuse_core.settings import load_city
+_plan.BLOCK_PX = 128
+
+def tell(what, done, total):
+    if what == "predicting windows" and done > 20:
+        print("on", flush=True)
+        while not Path({str(go)!r}).exists():
+            time.sleep(0.05)
+
+infer(load_city(Path({str(city.root / "city.yaml")!r})), tell=tell)
+"""
+    before = layers(city)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as refresh:
+        assert refresh.stdout.readline() == b"on\n"
+        later = datetime.now(UTC) + timedelta(days=1)
+        for attempt in (
+            lambda: expire(city, later),
+            lambda: rollback(city),
+            lambda: release(city),
+            lambda: ingest(city),
+            lambda: infer(city),
+        ):
+            with pytest.raises(StoreError, match="is writing"):
+                attempt()
+        assert same(layers(city), before), "readers see the map before"
+        go.touch()
+        refresh.communicate()
+    assert refresh.returncode == 0
+    assert not same(layers(city), before)
+    dumps = set(ledger(city))
+    expire(city, later, keep=MapReader(city).record["cubes_snapshot"])
+    assert set(ledger(city)) == dumps, "the ledger survives"
+    assert_equal_to_a_full_one(city)
+
+
+def test_expiry_sweeps_the_blocks_of_a_refresh_that_never_went_on(city):
+    ingest(city)
+    (city.workspace_path / "scratch/map-of-old").mkdir(parents=True)
+    (city.workspace_path / "scratch/map-of-old/0-0.npz").write_bytes(b"x")
+    now = datetime.now(UTC)
+    assert expire(city, now - timedelta(days=1)).leftovers == 0
+    assert expire(city, now + timedelta(days=1), dry_run=True).leftovers == 1
+    assert expire(city, now + timedelta(days=1)).leftovers == 1
+    assert not (city.workspace_path / "scratch/map-of-old").exists()
+
+
 def _children(pid: int) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
     return [int(p) for p in found]
@@ -272,9 +330,13 @@ def test_a_lost_scheduler_is_told_and_the_work_is_kept(city, monkeypatch):
                     break
             time.sleep(0.5)
 
+        told = []
+
         def kill_it(what, done, total):
-            if what == "predicting" and done == 4:
-                scheduler.kill()
+            if what == "predicting windows":
+                told.append(done)
+                if len(told) == 5:  # the first says that none is done
+                    scheduler.kill()
 
         with pytest.raises((ClusterLostError, OSError)), open_cluster(ClusterSpec(kind=f"tcp://127.0.0.1:{port}")) as client:
             infer(city, client=client, tell=kill_it)
