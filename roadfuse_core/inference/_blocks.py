@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from dask.distributed import WorkerPlugin, get_worker
 from icechunk import IcechunkError
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
+from safetensors import safe_open
+from safetensors.numpy import save
 from torch import Tensor
 
 from roadfuse_core.cubes import Chunks
 from roadfuse_core.errors import DataError, StoreError
 from roadfuse_core.grid import Block, Grid, Lattice
-from roadfuse_core.inference._evidence import Evidence, Region, reach_px, read_region
+from roadfuse_core.inference._evidence import Evidence, reach_px, read_region
 from roadfuse_core.inference._predictor import Predictor, PredictorRef, predictor_of
-from roadfuse_core.mosaic import NODATA, Accumulator, to_probability
+from roadfuse_core.mosaic import NODATA, Accumulator
 
 __all__ = [
     "AssembleJob",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 # What bad data and a bad device raise; everything else is a bug and stops the refresh.
-FAULTS = (DataError, StoreError, RasterioError, IcechunkError, OSError, RuntimeError, ValueError, zipfile.BadZipFile)
+FAULTS = (DataError, StoreError, RasterioError, IcechunkError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class BlockJob:
     @property
     def file(self) -> Path:
         """What the block leaves, whole."""
-        return Path(self.scratch) / f"{self.block.row0}-{self.block.col0}.npz"
+        return Path(self.scratch) / f"{self.block.row0}-{self.block.col0}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,33 @@ def region_of(lattice: Lattice, block: Block) -> Block:
 
 
 def predict_chain(jobs: tuple[BlockJob, ...]) -> list[BlockReport]:
-    """Predict blocks one after the other, while a thread reads the next one's evidence."""
-    with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
-        ahead, reports = reader.submit(read_ahead, jobs[0]), []
+    """Predict blocks one after the other, while one thread reads the next one's evidence and another adds up and writes."""
+    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
+        ahead, saved = reader.submit(read_ahead, jobs[0]), []
         for k, job in enumerate(jobs):
             now = ahead
             if k + 1 < len(jobs):
                 ahead = reader.submit(read_ahead, jobs[k + 1])
-            reports.append(predict_block(job, now))
-    return reports
+            saved.append(predict_block(job, now, writer))
+        return [block.result() for block in saved]
 
 
-def read_ahead(job: BlockJob) -> Region | None:
+@dataclass(frozen=True)
+class _Read:
+    """Evidence as the predictor takes it.
+
+    Attributes:
+        tensors: (H, W, channels) by name.
+        evident: (H, W), where there is a point or a valid image pixel.
+        known: (H, W), where the map may say something.
+    """
+
+    tensors: dict[str, Tensor]
+    evident: NDArray[np.bool_]
+    known: NDArray[np.bool_]
+
+
+def read_ahead(job: BlockJob) -> _Read | None:
     """The evidence of a block; None where it is done."""
     if job.file.exists() and not _held(job).failed:
         return None
@@ -152,11 +169,12 @@ def read_ahead(job: BlockJob) -> Region | None:
     return _read(job, predictor, region_of(job.lattice, job.block))
 
 
-def _read(job: BlockJob, predictor: Predictor, at: Block) -> Region:
-    return read_region(job.evidence, predictor.layers, predictor.uses_image, at, reach_px(job.lattice.window_px))
+def _read(job: BlockJob, predictor: Predictor, at: Block) -> _Read:
+    region = read_region(job.evidence, predictor.layers, predictor.uses_image, at, reach_px(job.lattice.window_px))
+    return _Read(predictor.prepare(region.inputs), region.evident, region.known)
 
 
-def predict_block(job: BlockJob, ahead: Future[Region | None] | None = None) -> BlockReport:
+def predict_block(job: BlockJob, ahead: Future[_Read | None], writer: Executor) -> Future[BlockReport]:
     """Predict the wanted windows that start in a block and leave their sums in its scratch file.
 
     Windows without a point and without a valid image pixel are skipped. A block whose file is whole is not computed again.
@@ -166,60 +184,74 @@ def predict_block(job: BlockJob, ahead: Future[Region | None] | None = None) -> 
     Args:
         job: The block.
         ahead: Its evidence, read meanwhile.
+        writer: One thread that adds up windows and saves, while the next are predicted.
+
+    Returns:
+        The report, when the file is there.
     """
     if job.file.exists() and not (held := _held(job)).failed:
-        return held
+        return writer.submit(lambda: held)
     predictor = predictor_of(job.model, job.evidence.grid.resolution_m)
     region = region_of(job.lattice, job.block)
     out = Accumulator(region, len(predictor.planes))
     try:
         failed: list[Failure] = []
-        held_ahead = ahead.result() if ahead else None
-        done = _predict(job, predictor, region, windows_of(job), out, held_ahead)
+        done = _predict(job, predictor, region, windows_of(job), out, writer, ahead.result())
     except FAULTS as error:
         if not job.lenient:
-            places = windows_of(job)
-            return BlockReport(0, tuple(Failure(*p, _line(error)) for p in places), _address())
+            report = BlockReport(0, tuple(Failure(*p, _line(error)) for p in windows_of(job)), _address())
+            return writer.submit(lambda: report)
         out = Accumulator(region, len(predictor.planes))
-        done, failed = _one_by_one(job, predictor, out)
-    part = job.file.with_suffix(".part.npz")
-    told = {"windows": np.array(done), "failed": np.array(json.dumps([vars(f) for f in failed]))}
-    np.savez(part, **out.parts(job.lattice), **told)  # type: ignore[arg-type]
+        done, failed = _one_by_one(job, predictor, out, writer)
+    return writer.submit(_save, job, out, BlockReport(done, tuple(failed), _address()))
+
+
+def _save(job: BlockJob, out: Accumulator, report: BlockReport) -> BlockReport:
+    part = job.file.with_suffix(".part")
+    told = {"windows": str(report.windows), "failed": json.dumps([vars(f) for f in report.failed])}
+    part.write_bytes(save({name: np.ascontiguousarray(x) for name, x in out.parts(job.lattice).items()}, told))
     part.rename(job.file)
-    return BlockReport(done, tuple(failed), _address())
+    return report
 
 
 def _held(job: BlockJob) -> BlockReport:
     """What an earlier run left; a block with failures is tried again."""
-    with np.load(job.file) as held:
-        failed = tuple(Failure(**f) for f in json.loads(str(held["failed"])))
-        return BlockReport(int(held["windows"]), failed)
+    with safe_open(job.file, "np") as held:
+        told = held.metadata()
+    return BlockReport(int(told["windows"]), tuple(Failure(**f) for f in json.loads(told["failed"])))
 
 
 def _predict(
-    job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[int, int]], out: Accumulator, read: Region | None = None
-) -> int:
+    job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[int, int]], out: Accumulator, writer: Executor,
+    read: _Read | None = None,
+) -> int:  # fmt: skip
     """Read a rectangle and predict the windows in it that hold evidence; returns their number."""
     if not places:
         return 0
     read = read or _read(job, predictor, at)
     size, weight = job.lattice.window_px, job.lattice.weight()
     evident = [p for p in places if _cut(read.evident, p, at, size).any()]
-    tensors = predictor.prepare(read.inputs)
+
+    def add(chosen: list[tuple[int, int]], predicted: NDArray[np.float32]) -> None:
+        for (row, col), planes in zip(chosen, predicted, strict=False):
+            out.add(row, col, planes, weight * _cut(read.known, (row, col), at, size))
+
+    added: Future[None] = writer.submit(add, [], np.empty(0, np.float32))
     for first in range(0, len(evident), job.batch):
         chosen = evident[first : first + job.batch]
-        batch = {name: _batch(x, chosen, at, size, job.batch) for name, x in tensors.items()}
-        for (row, col), planes in zip(chosen, predictor.predict(batch), strict=False):
-            out.add(row, col, planes, weight * _cut(read.known, (row, col), at, size))
+        predicted = predictor.predict({n: _batch(x, chosen, at, size, job.batch) for n, x in read.tensors.items()})
+        added.result()  # no more than one batch waits
+        added = writer.submit(add, chosen, predicted)
+    added.result()
     return len(evident)
 
 
-def _one_by_one(job: BlockJob, predictor: Predictor, out: Accumulator) -> tuple[int, list[Failure]]:
+def _one_by_one(job: BlockJob, predictor: Predictor, out: Accumulator, writer: Executor) -> tuple[int, list[Failure]]:
     """Each window from its own reading, so that a damaged file costs only the windows that see the damage."""
     size, done, failed = job.lattice.window_px, 0, []
     for row, col in windows_of(job):
         try:
-            done += _predict(job, predictor, Block(row, col, row + size, col + size), [(row, col)], out)
+            done += _predict(job, predictor, Block(row, col, row + size, col + size), [(row, col)], out, writer)
         except FAULTS as error:
             failed.append(Failure(row, col, _line(error)))
     return done, failed
@@ -284,11 +316,9 @@ def assemble_block(job: AssembleJob) -> tuple[Any, int, int]:
         The fork with the written chunks, and by how many the pixels without data and of road have grown.
     """
     block = job.block
-    total = Accumulator(block, len(job.planes))
-    for source in job.sources:
-        with np.load(source.file) as held:
-            total.merge(held)
-    made = to_probability(total.sums)  # (planes, h, w)
+    with ExitStack() as open_files:
+        left = [open_files.enter_context(safe_open(source.file, "np")) for source in job.sources]
+        made = Accumulator(block, len(job.planes)).values(left)  # (planes, h, w)
     chunks = Chunks(job.session.store, zarr.open_group(job.session.store))
     fresh = np.repeat(np.repeat(job.cells, job.lattice.stride_px, 0), job.lattice.stride_px, 1)[
         : made.shape[1], : made.shape[2]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from roadfuse_core.files import write_whole
 from roadfuse_core.inference._predictor import Precision, Predictor, PredictorRef, device_name, load_predictor
@@ -36,6 +37,7 @@ class Calibration:
         precision: Of the forward pass.
         window_s: Seconds of a window in such a batch.
         changed: Share of pixels that bf16 moved across one half; 0 where it was not tried.
+        network_bytes: Memory of the weights and of what a forward pass holds, roughly.
     """
 
     device: str
@@ -43,6 +45,7 @@ class Calibration:
     precision: Precision
     window_s: float
     changed: float
+    network_bytes: int
 
 
 def calibrate(
@@ -59,15 +62,15 @@ def calibrate(
     """
     asked = f"{ref.digest}-{device_name().replace(' ', '-')}-{spec.precision}-{spec.batch or 'auto'}{'-turns' * ref.turns}"
     path = folder / f"{asked}.json"
-    if path.is_file():
-        return Calibration(**json.loads(path.read_text()))
+    if path.is_file() and (held := json.loads(path.read_text())).keys() == Calibration.__annotations__.keys():
+        return Calibration(**held)
     precision, changed = _precision(ref, spec, resolution_m, sample)
     predictor = load_predictor(ref.model_copy(update={"precision": precision}), resolution_m)
     sizes = (spec.batch,) if spec.batch else GPU_BATCHES if torch.cuda.is_available() else CPU_BATCHES
     measured = {n: _window_seconds(predictor, sample, n) for n in sizes}
     fastest = min(measured.values())
     batch = next(n for n in sizes if measured[n] * ENOUGH <= fastest)
-    found = Calibration(device_name(), batch, precision, measured[batch], changed)
+    found = Calibration(device_name(), batch, precision, measured[batch], changed, _network_bytes(predictor, batch))
     log.info("%s on %s: batch %d, %s, %.1f ms a window", ref.path.stem, found.device, batch, precision, 1e3 * measured[batch])
     write_whole(path, json.dumps(asdict(found)))
     return found
@@ -107,3 +110,22 @@ def _window_seconds(predictor: Predictor, sample: dict[str, NDArray[Any]], batch
     except torch.OutOfMemoryError:
         return float("inf")
     return best
+
+
+def _network_bytes(predictor: Predictor, batch: int) -> int:
+    """Weights, and the largest outputs of a forward pass that are held together, roughly."""
+    network: nn.Module | None = getattr(predictor, "network", None)
+    if network is None:
+        return 0
+    weights = sum(p.numel() * 4 for p in network.parameters())
+    sizes: list[int] = []
+    hooks = [m.register_forward_hook(lambda _m, _i, o: sizes.append(o.numel() * 4) if isinstance(o, Tensor) else None)
+             for m in network.modules() if not list(m.children())]  # fmt: skip
+    size = predictor.window_px
+    with torch.inference_mode():
+        device = next(network.parameters()).device
+        config: dict[str, int] = network.config.modalities  # type: ignore[assignment,union-attr]
+        network({n: torch.zeros(1, c, size, size, device=device) for n, c in config.items()})
+    for hook in hooks:
+        hook.remove()
+    return 2 * weights + batch * sum(sorted(sizes)[-8:])

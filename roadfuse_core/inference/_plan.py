@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from roadfuse_core.cluster import count_gpus, count_workers
 from roadfuse_core.cubes import changed_tiles, halo_px, worker_memory
@@ -24,7 +22,7 @@ from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
 from roadfuse_core.inference._evidence import Evidence, images_of, reach_px, read_evidence, read_region, readers_of
 from roadfuse_core.inference._map import MapRecord, standing_record
-from roadfuse_core.inference._predictor import Predictor, PredictorRef, load_predictor, resolve_weights
+from roadfuse_core.inference._predictor import PredictorFacts, PredictorRef, read_facts, resolve_weights
 from roadfuse_core.settings import City
 
 __all__ = ["RefreshPlan", "plan_refresh"]
@@ -125,7 +123,7 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
     ref = resolve_weights(weights or city.model.weights, city.root).model_copy(update={"turns": city.model.turns})
     evidence = read_evidence(city)
     grid = evidence.grid
-    predictor = load_predictor(ref, grid.resolution_m)
+    predictor = read_facts(ref, grid.resolution_m)
     _require_fit(city, predictor, evidence)
     lattice = Lattice(predictor.window_px, predictor.window_px // 2)
     images = images_of(evidence) if predictor.uses_image else []
@@ -153,7 +151,7 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
     )  # fmt: skip
 
 
-def _require_fit(city: City, predictor: Predictor, evidence: Evidence) -> None:
+def _require_fit(city: City, predictor: PredictorFacts, evidence: Evidence) -> None:
     if not predictor.uses_image and evidence.cubes is None:
         raise ConfigError("model.weights", city.model.weights, "needs trajectories, and the city has none", "add points")
     if not predictor.layers and not evidence.images:
@@ -206,7 +204,7 @@ def _hash(parts: Sequence[Any]) -> str:
 
 
 def _changes(
-    city: City, standing: MapRecord, identity: Facts, evidence: Evidence, predictor: Predictor, lattice: Lattice
+    city: City, standing: MapRecord, identity: Facts, evidence: Evidence, predictor: PredictorFacts, lattice: Lattice
 ) -> tuple[NDArray[np.bool_] | None, str]:
     """Windows that see anything new since the standing map; None, and why, where that cannot be told."""
     before = standing.get("identity")
@@ -233,7 +231,9 @@ def _around(changed: NDArray[np.bool_], possible: NDArray[np.bool_], lattice: La
     return Coverage(windows_over(cells, lattice) & possible, cells)
 
 
-def _sample(evidence: Evidence, predictor: Predictor, lattice: Lattice, possible: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+def _sample(
+    evidence: Evidence, predictor: PredictorFacts, lattice: Lattice, possible: NDArray[np.bool_]
+) -> dict[str, NDArray[Any]]:
     """Some windows of the city, spread over it, for measurements; zeros where there is none with evidence."""
     size, places = lattice.window_px, np.argwhere(possible)
     chosen = (
@@ -251,7 +251,9 @@ def _sample(evidence: Evidence, predictor: Predictor, lattice: Lattice, possible
     return {k: np.stack([r.inputs[k] for r in read]) for k in read[0].inputs}
 
 
-def _memory(city: City, predictor: Predictor, grid: Grid, lattice: Lattice, calibration: Calibration, block_px: int) -> int:
+def _memory(
+    city: City, predictor: PredictorFacts, grid: Grid, lattice: Lattice, calibration: Calibration, block_px: int
+) -> int:
     """Bytes that a worker needs.
 
     Raises:
@@ -265,29 +267,10 @@ def _memory(city: City, predictor: Predictor, grid: Grid, lattice: Lattice, cali
     pixel = (
         8 * arrays + 12 + 4 * len(predictor.layers) + (11 if predictor.uses_image else 0) + 2 + 6 * (len(predictor.planes) + 1)
     )
-    need = PROCESS_BYTES + 2 * side * side * pixel + _network_bytes(predictor, calibration.batch)
+    need = PROCESS_BYTES + 2 * side * side * pixel + calibration.network_bytes
     limit = worker_memory(city) if not count_gpus() else 64 * GIB
     if need > limit:
         problem = f"is less than the {need / GIB:.2f} GiB that a worker needs"
         fix = "give it more, take fewer workers, or lower model.batch"
         raise ConfigError("cluster.memory_gib", round(limit / GIB, 2), problem, fix)
     return need
-
-
-def _network_bytes(predictor: Predictor, batch: int) -> int:
-    """Weights, and the largest outputs of a forward pass that are held together, roughly."""
-    network: nn.Module | None = getattr(predictor, "network", None)
-    if network is None:
-        return 0
-    weights = sum(p.numel() * 4 for p in network.parameters())
-    sizes: list[int] = []
-    hooks = [m.register_forward_hook(lambda _m, _i, o: sizes.append(o.numel() * 4) if isinstance(o, Tensor) else None)
-             for m in network.modules() if not list(m.children())]  # fmt: skip
-    size = predictor.window_px
-    with torch.inference_mode():
-        device = next(network.parameters()).device
-        config: dict[str, int] = network.config.modalities  # type: ignore[assignment,union-attr]
-        network({n: torch.zeros(1, c, size, size, device=device) for n, c in config.items()})
-    for hook in hooks:
-        hook.remove()
-    return 2 * weights + batch * sum(sorted(sizes)[-8:])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -26,16 +27,47 @@ __all__ = [
     "KdeModel",
     "Precision",
     "Predictor",
+    "PredictorFacts",
     "PredictorRef",
     "device_name",
     "load_predictor",
     "normalise_image",
     "predictor_of",
+    "read_facts",
     "resolve_weights",
 ]
 
 SHIPPED = {"default": "fused.safetensors", "kde": "kde.json"}
 Precision = Literal["32", "bf16"]
+KDE_WINDOW_PX = 256
+
+
+@dataclass(frozen=True)
+class PredictorFacts:
+    """What a predictor takes and gives; known from its file without its weights.
+
+    Attributes:
+        layers: GPS layers in channel order; none without GPS.
+        uses_image: Whether it takes images.
+        window_px: Edge of a window.
+        planes: What it gives for each pixel: "probability", then gates.
+    """
+
+    layers: tuple[Layer, ...]
+    uses_image: bool
+    window_px: int
+    planes: tuple[str, ...]
+
+
+def read_facts(ref: PredictorRef, resolution_m: float) -> PredictorFacts:
+    """What the predictor behind a file takes and gives."""
+    if ref.path.suffix != ".safetensors":
+        return PredictorFacts((_read_kde(ref.path).layer(resolution_m),), False, KDE_WINDOW_PX, ("probability",))
+    info = read_checkpoint_info(ref.path)
+    layers = tuple(Layer.model_validate(layer) for layer in info.layers)
+    gated = info.network.fusion in ("gated", "roadfuse")
+    planes = ("probability", *(f"gate_{n}" for n in info.network.modalities if gated))
+    return PredictorFacts(layers, "image" in info.network.modalities, info.window_px, planes)
 
 
 class Predictor(Protocol):
@@ -112,7 +144,7 @@ class KdePredictor:
     """p = d / (d + threshold): one half exactly at the threshold, and pointwise, so that it knows no seams."""
 
     uses_image = False
-    window_px = 256
+    window_px = KDE_WINDOW_PX
     planes: tuple[str, ...] = ("probability",)
 
     def __init__(self, model: KdeModel, resolution_m: float) -> None:
@@ -148,16 +180,18 @@ def device_name() -> str:
 class NetworkPredictor:
     """A checkpoint's network on the worker's device; one CPU thread, or one GPU."""
 
-    def __init__(self, ref: PredictorRef) -> None:
-        network, info = load_checkpoint(ref.path)
+    def __init__(self, ref: PredictorRef, resolution_m: float) -> None:
+        network, _ = load_checkpoint(ref.path)
+        facts = read_facts(ref, resolution_m)
         self.name, self.precision, self.turns = ref.path.stem, ref.precision, ref.turns
-        self.layers = tuple(Layer.model_validate(layer) for layer in info.layers)
-        self.uses_image = "image" in info.network.modalities
-        self.window_px = info.window_px
+        self.layers, self.uses_image, self.window_px, self.planes = (
+            facts.layers,
+            facts.uses_image,
+            facts.window_px,
+            facts.planes,
+        )
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        gated = info.network.fusion in ("gated", "roadfuse")
-        self.planes = ("probability", *(f"gate_{n}" for n in info.network.modalities if gated))
 
     def prepare(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """On a CPU normalised and in its precision: a pixel lies in several windows. To a GPU bytes travel."""
@@ -257,7 +291,7 @@ def resolve_weights(weights: str, root: Path) -> PredictorRef:
         read_checkpoint_info(path)
     else:
         _read_kde(path)
-    return PredictorRef(path=path, digest=hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest())
+    return PredictorRef(path=path, digest=blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest(8))
 
 
 def _read_kde(path: Path) -> KdeModel:
@@ -272,7 +306,7 @@ def _read_kde(path: Path) -> KdeModel:
 def load_predictor(ref: PredictorRef, resolution_m: float) -> Predictor:
     """The predictor behind a file, ready to run on this worker's device."""
     if ref.path.suffix == ".safetensors":
-        return NetworkPredictor(ref)
+        return NetworkPredictor(ref, resolution_m)
     return KdePredictor(_read_kde(ref.path), resolution_m)
 
 

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numba import njit
@@ -21,6 +21,16 @@ NODATA = 255
 PROBABILITY_SCALE = 254
 FULL = 65_535
 EDGES = ("top", "bottom", "left", "right")
+
+
+class Parts(Protocol):
+    """What a block left, as `safetensors.safe_open` reads it: arrays by name, whole or in part."""
+
+    def get_tensor(self, name: str) -> NDArray[Any]:
+        """An array."""
+
+    def get_slice(self, name: str) -> Any:
+        """An array that is read where it is indexed."""
 
 
 class Accumulator:
@@ -67,23 +77,24 @@ class Accumulator:
             out[f"{name}_at"] = np.array([r.row0 + (rows.start or 0), r.col0 + (cols.start or 0)])
         return out
 
-    def merge(self, parts: Mapping[str, NDArray[Any]]) -> None:
-        """Add what a block left, where it meets this rectangle; finished values stand as they are."""
-        for name in EDGES:
-            found = self._meet(parts[f"{name}_at"], parts[name].shape[1:])
-            if found:
-                mine, its = found
-                self.sums[:, *mine] += parts[name][:, *its]
-        found = self._meet(parts["inner_at"], parts["inner"].shape[1:])
-        if found:
-            mine, its = found
-            values = parts["inner"][:, *its]
-            known = values[0] != NODATA
-            # As sums that come out as these very values: value / 254 with weight 254 · 65535 stays within uint32.
-            self.sums[:-1, *mine] = np.where(known, values.astype(np.uint32) * FULL, 0)
-            self.sums[-1, *mine] = np.where(known, PROBABILITY_SCALE, 0)
+    def values(self, left: Iterable[Parts]) -> NDArray[np.uint8]:
+        """The rectangle's (planes, H, W) values: edges of what blocks left are added up, finished values stand as they are."""
+        finished = []
+        for parts in left:
+            for name in EDGES:
+                its = parts.get_slice(name)
+                if found := self._meet(parts.get_tensor(f"{name}_at"), its.get_shape()[1:]):
+                    (rows, cols), (r, c) = found
+                    self.sums[:, rows, cols] += its[:, r, c]
+            inner = parts.get_slice("inner")
+            if found := self._meet(parts.get_tensor("inner_at"), inner.get_shape()[1:]):
+                finished.append((found[0], inner[:, *found[1]]))
+        out = to_probability(self.sums)
+        for (rows, cols), values in finished:
+            out[:, rows, cols] = values
+        return out
 
-    def _meet(self, at: NDArray[Any], shape: tuple[int, ...]) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
+    def _meet(self, at: NDArray[Any], shape: Sequence[int]) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
         """Slices of this rectangle and of another where they overlap."""
         mine, its = [], []
         for low, high, start, size in zip(self.region[:2], self.region[2:], (int(v) for v in at), shape, strict=True):
@@ -97,12 +108,15 @@ class Accumulator:
 
 @njit(cache=True, nogil=True)
 def _add(sums, planes, weight):
-    for i in range(weight.shape[0]):
-        for j in range(weight.shape[1]):
-            w = weight[i, j]
-            for p in range(planes.shape[0]):
-                sums[p, i, j] += np.uint32(np.rint(planes[p, i, j] * np.float32(FULL))) * w
-            sums[-1, i, j] += w
+    height, width = weight.shape
+    for p in range(planes.shape[0]):  # along rows, so that the compiler takes many pixels at once
+        for i in range(height):
+            for j in range(width):
+                value = np.uint32(np.int32(np.rint(planes[p, i, j] * np.float32(FULL))))
+                sums[p, i, j] += value * weight[i, j]
+    for i in range(height):
+        for j in range(width):
+            sums[-1, i, j] += weight[i, j]
 
 
 def to_probability(sums: NDArray[np.uint32]) -> NDArray[np.uint8]:
@@ -121,13 +135,12 @@ def to_probability(sums: NDArray[np.uint32]) -> NDArray[np.uint8]:
 def _divide(sums):
     planes, height, width = sums.shape[0] - 1, sums.shape[1], sums.shape[2]
     out = np.empty((planes, height, width), np.uint8)
-    for i in range(height):
-        for j in range(width):
-            weight = np.uint64(sums[planes, i, j]) * np.uint64(FULL)
-            for p in range(planes):
-                if weight == 0:
-                    out[p, i, j] = NODATA
-                else:
-                    value = np.uint64(2 * PROBABILITY_SCALE) * np.uint64(sums[p, i, j]) + weight
-                    out[p, i, j] = value // (np.uint64(2) * weight)
+    for p in range(planes):
+        for i in range(height):
+            for j in range(width):
+                # Whole numbers below 2^53, and a quotient below 255 that misses the next whole number by more than 2^-34:
+                # the floor of the rounded division is the floor.
+                weight = np.float64(sums[planes, i, j]) * FULL
+                value = (2.0 * PROBABILITY_SCALE * np.float64(sums[p, i, j]) + weight) / (2.0 * weight if weight > 0 else 1.0)
+                out[p, i, j] = np.uint8(np.int32(value)) if weight > 0 else np.uint8(NODATA)
     return out

@@ -155,7 +155,17 @@ def show_workers(city: City, runs: int) -> None:
                 infer(city, group=f"workers-{workers}-{run}", client=client, full=True)
                 seconds[workers].append(time.perf_counter() - began)
     gain = statistics.median(a / b for a, b in zip(seconds[1], seconds[2], strict=True))
-    print(f"2 workers against 1: {gain:.2f} × (target 1.8)")
+    limit = statistics.median(2 * bare_processes(city, 1) / bare_processes(city, 2) for _ in range(runs))
+    print(f"2 workers against 1: {gain:.2f} × (target 1.8); 2 bare forward passes against 1: {limit:.2f} ×")
+
+
+def bare_processes(city: City, n: int) -> float:
+    """Seconds that n processes side by side take for the forward passes of a city each: the limit that the machine sets."""
+    code = ("import sys; from pathlib import Path; from roadfuse_core.settings import load_city; from tests.benchmarks.inference import bare; "
+            "print(bare(load_city(Path(sys.argv[1])), 300))")  # fmt: skip
+    command = [sys.executable, "-c", code, str(city.root / "city.yaml")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(n)]
+    return max(float(p.communicate()[0].split()[-1]) for p in started)
 
 
 def nothing(job):
@@ -194,7 +204,7 @@ def main() -> None:
     """Print a line for each target."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--size", type=float, default=2048.0)
+    parser.add_argument("--size", type=float, default=4096.0)
     parser.add_argument("--only", default=",".join(PARTS))
     a, _ = parser.parse_known_args()
     only = a.only.split(",")

@@ -11,7 +11,7 @@ from pathlib import Path
 from roadfuse_core.inference import _blocks
 
 
-def nothing(job, predictor, at, places, out, read=None):
+def nothing(job, predictor, at, places, out, writer, read=None):
     """In place of reading and predicting."""
     told = Path(os.environ["ROADFUSE_NOOP"]).read_text()
     if told == "fail":

@@ -240,7 +240,7 @@ infer(load_city(Path({str(city.root / "city.yaml")!r})), tell=tell)
 def test_expiry_sweeps_the_blocks_of_a_refresh_that_never_went_on(city):
     ingest(city)
     (city.workspace_path / "scratch/map-of-old").mkdir(parents=True)
-    (city.workspace_path / "scratch/map-of-old/0-0.npz").write_bytes(b"x")
+    (city.workspace_path / "scratch/map-of-old/0-0.safetensors").write_bytes(b"x")
     now = datetime.now(UTC)
     assert expire(city, now - timedelta(days=1)).leftovers == 0
     assert expire(city, now + timedelta(days=1), dry_run=True).leftovers == 1
@@ -344,7 +344,7 @@ def test_a_lost_scheduler_is_told_and_the_work_is_kept(city, monkeypatch):
         for process in (scheduler, worker):
             process.kill()
             process.wait()
-    kept = list((city.workspace_path / "scratch").glob("map-*/*.npz"))
+    kept = list((city.workspace_path / "scratch").glob("map-*/*.safetensors"))
     assert len(kept) >= 4
     infer(city)
     assert_equal_to_a_full_one(city)
