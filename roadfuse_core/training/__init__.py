@@ -2,7 +2,7 @@
 
 from roadfuse_core.training._augment import Prepared, points_of, prepare, render_points
 from roadfuse_core.training._compact import CompactRecipe, bce_dice, train_compact
-from roadfuse_core.training._compare import Comparison, compare, paired, parse_vary, plan_runs
+from roadfuse_core.training._compare import Comparison, compare, paired, paired_differences, parse_vary, plan_runs, tabulate
 from roadfuse_core.training._fit import DivergedError, Splits, Trained, lay_split, split_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
 from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe
@@ -44,6 +44,7 @@ __all__ = [
     "lay_split",
     "load_recipe",
     "paired",
+    "paired_differences",
     "parse_vary",
     "plan_runs",
     "points_of",
@@ -52,6 +53,7 @@ __all__ = [
     "run_suite",
     "score_network",
     "split_recipe",
+    "tabulate",
     "train",
     "train_compact",
     "window_batch",

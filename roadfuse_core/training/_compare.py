@@ -27,7 +27,7 @@ from roadfuse_core.training._pictures import panel, to_png, window_inputs
 from roadfuse_core.training._recipe import Recipe, load_recipe
 from roadfuse_core.training._score import SUITE, score_network
 
-__all__ = ["FIGURES", "Comparison", "compare", "paired", "parse_vary", "plan_runs"]
+__all__ = ["FIGURES", "Comparison", "compare", "paired", "paired_differences", "parse_vary", "plan_runs", "tabulate"]
 
 FIGURES = ("g_iou", "a_iou", "a_iou_batch8", "f1", "attack_drop", "parameters", "gflops", "windows_per_s", "minutes")
 
@@ -99,8 +99,8 @@ def compare(
         split_recipe(job.recipe)
     rows = run_jobs(client, _train_and_score if client is None else _on_one_thread, jobs, "training runs", tell)
     runs = pd.DataFrame(rows)
-    table = _table(runs)
-    made = Comparison(runs, table, _pairs(runs, list(table.index)))
+    table = tabulate(runs)
+    made = Comparison(runs, table, paired_differences(runs, list(table.index)))
     out.mkdir(parents=True, exist_ok=True)
     runs.to_csv(out / "runs.csv", index=False)
     table.to_csv(out / "table.csv")
@@ -157,7 +157,8 @@ def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
     return row
 
 
-def _table(runs: pd.DataFrame) -> pd.DataFrame:
+def tabulate(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each variant: mean and standard deviation over seeds, the best g_iou first."""
     grouped = runs.groupby("variant")
     out = pd.DataFrame({"seeds": grouped.size()})
     for name in FIGURES:
@@ -177,7 +178,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]
     return mean, mean - half, mean + half
 
 
-def _pairs(runs: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+def paired_differences(runs: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     """Each variant against all that stand below it."""
     by = runs.pivot_table(index="seed", columns="variant", values="g_iou")
     rows = []
@@ -191,9 +192,10 @@ def _pairs(runs: pd.DataFrame, order: list[str]) -> pd.DataFrame:
 
 def _picture(jobs: list[_Run], order: list[str], out: Path) -> str:
     """A test window with much road: what there is, what is true, and what each variant says; a PNG in base64."""
-    first = {job.variant: job for job in reversed(jobs)}
+    # A row that came from elsewhere has no weights here.
+    first = {job.variant: job for job in reversed(jobs) if (Path(job.out) / "checkpoint.safetensors").is_file()}
     panels, fullest = [], None
-    for name in order:
+    for name in (n for n in order if n in first):
         job = first[name]
         grounds = lay_split(job.recipe, split_recipe(job.recipe).test, "roads", out / "runs" / "ground")
         made = window_inputs(job.recipe.view(), grounds, SUITE[0])
@@ -201,8 +203,7 @@ def _picture(jobs: list[_Run], order: list[str], out: Path) -> str:
         with torch.inference_mode():
             panels.append(panel(name, made, network(made.inputs, made.present).logits))
         fullest = made if fullest is None or len(made.inputs) > len(fullest.inputs) else fullest
-    assert fullest is not None
-    return to_png(panels, fullest)
+    return to_png(panels, fullest) if fullest is not None else ""
 
 
 def _page(name: str, made: Comparison, picture: str) -> str:
@@ -212,10 +213,11 @@ def _page(name: str, made: Comparison, picture: str) -> str:
     table = made.table.map(lambda v: f"{v:,.3f}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}")
     pairs = made.pairs.map(lambda v: f"{v:+.4f}" if isinstance(v, float) else v)
     runs = made.runs.drop(columns=[c for c in ("suite", "by_city") if c in made.runs])
+    window = f'<img alt="test window" src="data:image/png;base64,{picture}">' if picture else "Its weights are elsewhere."
     parts = [
         f"<h1>{html.escape(name)}</h1><p>Scores on the test tiles: mean over seeds, and their standard deviation. attack_drop: "
         "the share of g_iou that is lost when a quarter of the image and another quarter of the points are gone.</p>",
-        table.to_html(border=0), "<h2>One test window</h2>", f'<img alt="test window" src="data:image/png;base64,{picture}">',
+        table.to_html(border=0), "<h2>One test window</h2>", window,
         "<h2>Differences of g_iou, paired by seed, with 95 % intervals</h2>", pairs.to_html(border=0, index=False),
         "<h2>Every run</h2>", runs.to_html(border=0, index=False, float_format=lambda v: f"{v:.4f}"),
     ]  # fmt: skip

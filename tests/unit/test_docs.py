@@ -1,6 +1,7 @@
 """Documents that cannot drift."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -9,16 +10,20 @@ import yaml
 
 from flows.cli import app
 from roadfuse_core.settings import City
-from roadfuse_core.training import Recipe
+from roadfuse_core.training import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
 
-def _settings_table():
-    spec = importlib.util.spec_from_file_location("settings_table", ROOT / "scripts/settings_table.py")
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _settings_table():
+    return _script("settings_table")
 
 
 def test_the_settings_pages_are_what_the_code_says():
@@ -27,6 +32,16 @@ def test_the_settings_pages_are_what_the_code_says():
         page = (ROOT / "docs" / name).read_text()
         between = re.search(f"{module.MARKS[0]}\n(.*)\n{module.MARKS[1]}", page, re.DOTALL)[1]
         assert between == module.table(model), "run scripts/settings_table.py"
+
+
+def test_the_table_of_networks_is_what_the_rows_say():
+    module = _script("compare_networks")
+    between = re.search(f"{module.MARKS[0]}\n(.*)\n{module.MARKS[1]}", module.PAGE.read_text(), re.DOTALL)[1]
+    assert between == module.page(), "run scripts/compare_networks.py OUT --table"
+    rows = [json.loads(p.read_text()) for p in module.ROWS.glob("*.json")]
+    assert len({(r["variant"], r["seed"]) for r in rows}) == len(rows), "one recipe for all"
+    digests = {load_recipe(module.RECIPE, {"seed": r["seed"], "network.preset": r["variant"]}).digest() for r in rows}
+    assert digests == {p.stem for p in module.ROWS.glob("*.json")}, "the rows are of another recipe than the one beside them"
 
 
 def test_every_setting_has_a_description():
