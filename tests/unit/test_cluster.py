@@ -1,0 +1,38 @@
+"""Where work runs: what is counted, and who may connect."""
+
+import psutil
+
+from roadfuse_core.cluster import open_cluster, run_jobs
+from roadfuse_core.settings import ClusterSpec
+
+
+def listening() -> set[str]:
+    """Addresses at which this process and its children listen."""
+    every = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    found = [c for p in every for c in p.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+    return {c.laddr.ip for c in found}
+
+
+def test_nothing_listens_beyond_this_machine():
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        assert client.submit(abs, -1).result() == 1
+        assert listening() == {"127.0.0.1"}
+
+
+def double(n: int) -> int:
+    if n == 3:
+        raise ValueError("no threes")
+    return 2 * n
+
+
+def test_progress_counts_what_results_are_worth():
+    told = []
+    out = run_jobs(None, double, [1, 2, 4], "doubling", lambda *t: told.append(t), amount=lambda r: r, expected=20)
+    assert out == [2, 4, 8]
+    assert told == [("doubling", 0, 20), ("doubling", 2, 20), ("doubling", 6, 20), ("doubling", 14, 20), ("doubling", 14, 14)]
+
+
+def test_an_error_becomes_a_result_where_it_may():
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        for where in (None, client):
+            assert run_jobs(where, double, [1, 3], "doubling", on_error=lambda job, error: -job) == [2, -3]
