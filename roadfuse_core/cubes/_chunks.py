@@ -63,10 +63,15 @@ class Chunks:
             return None
         return np.frombuffer(_ZSTD.decode(raw.to_bytes()), array.dtype.newbyteorder("<"))
 
-    def write(self, path: str, place: tuple[int, ...], values: NDArray[Any]) -> None:
-        """Encode a chunk now; it is stored at some time before `flush` returns."""
-        dtype = self.array(path).dtype.newbyteorder("<")
-        self.waiting.append((self._key(path, place), _ZSTD.encode(np.ascontiguousarray(values, dtype))))
+    def write(self, path: str, place: tuple[int, ...], values: NDArray[Any]) -> bytes:
+        """Encode a chunk now; it is stored at some time before `flush` returns. Returns the encoded chunk."""
+        encoded: bytes = _ZSTD.encode(np.ascontiguousarray(values, self.array(path).dtype.newbyteorder("<")))
+        self.write_encoded(path, place, encoded)
+        return encoded
+
+    def write_encoded(self, path: str, place: tuple[int, ...], encoded: bytes) -> None:
+        """Store a chunk that `write` encoded for an array of the same dtype."""
+        self.waiting.append((self._key(path, place), encoded))
         if len(self.waiting) >= TOGETHER:
             self._send()
 

@@ -184,7 +184,11 @@ class _Adder:
             held = self._begin(f"total/{name}", place, total)
             for number, of_period in periods:
                 where = f"period/{name}", (number, *place)
-                self._store(*where, of_period, name, period, self._begin(*where, period))
+                encoded = self._store(*where, of_period, name, period, self._begin(*where, period))
+            if self.fresh and len(periods) == 1:
+                if encoded is not None:  # the tile's only period is its total: encoding takes longer than all adding
+                    self.chunks.write_encoded(f"total/{name}", place, encoded)
+                continue
             self._store(f"total/{name}", place, runs, name, total, held)
 
     def _begin(self, path: str, place: tuple[int, ...], dense: NDArray[Any]) -> bool:
@@ -196,21 +200,27 @@ class _Adder:
 
     def _store(
         self, path: str, place: tuple[int, ...], runs: list[_Run], name: str, dense: NDArray[Any], held: bool
-    ) -> None:  # fmt: skip
-        """Add runs and write the chunk; one that is left with zeros alone is removed, as if it had never been written."""
+    ) -> bytes | None:  # fmt: skip
+        """Add runs and write the chunk; one that is left with zeros alone is removed, as if it had never been written.
+
+        Returns:
+            The encoded chunk; None where there is none.
+        """
+        encoded = None
         limits = np.iinfo(dense.dtype)
         for run in runs:
             values = run.values[name]
             if not _add(dense, run.pixel, values, run.start, run.stop, run.sign, int(limits.min), int(limits.max)):
                 raise StoreError(f"{path}: a pixel's sum leaves {dense.dtype}; use a shorter period, or build the cube anew")
         if any(_some(dense, run.pixel, run.start, run.stop) for run in runs) or (held and dense.any()):
-            self.chunks.write(path, place, dense)
+            encoded = self.chunks.write(path, place, dense)
         elif held:
             self.chunks.remove(path, place)
         if held:
             dense[:] = 0
         for run in runs:
             _clear(dense, run.pixel, run.start, run.stop)
+        return encoded
 
 
 @njit(cache=True, nogil=True)
