@@ -48,6 +48,9 @@ class Network(nn.Module, ABC):
         self.names = list(config.modalities)
         self.auxiliary_weights: dict[str, float] = {}
 
+    def settle(self) -> None:
+        """Whatever begins otherwise than by He's initialisation; nothing, unless a network says so."""
+
     @abstractmethod
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """The network proper.

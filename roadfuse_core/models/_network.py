@@ -354,10 +354,11 @@ class Forests(Network):
 class RoadFuse(Network):
     """Ours: one full branch that sees all modalities together, slim encoders of a quarter of its width for all but the first.
 
-    After every encoder stage the slim features are widened by 1×1 and weighed against the main ones by gates (softmax
-    over the modalities, as in DeepDualMapper; absent ones get none), and each slim encoder is told the outcome (a 1×1
-    message, as in CMMPNet). Pyramid context and 1D decoder follow (PP-LinkNet, Sun et al.); the decoder's third block is
-    supervised too. Gates leave the network, so that people see whom it believed.
+    After every encoder stage the slim features are widened by 1×1, weighed by gates (softmax over the modalities, as in
+    DeepDualMapper; absent ones get none) and added to the main ones, and each slim encoder is told the outcome (a 1×1
+    message, as in CMMPNet). All of these begin at zero: at first the network is its main branch, early fusion, and what
+    is added must earn its weight. The decoder's third block is supervised too. Gates leave the network, so that people see
+    how much a modality's own view counted beside the joint one, which has the first modality's gate.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -390,6 +391,12 @@ class RoadFuse(Network):
         blocks = self.main.decode(made)
         return Prediction(self.main.decoder.head(blocks[-1]), {"side": self.side(blocks[3])}, maps)
 
+    def settle(self) -> None:
+        """What meets the main branch begins at zero."""
+        for part in (self.widen, self.tell, self.decide):
+            for weight in part.parameters():
+                nn.init.zeros_(weight)
+
     def _stage(self, k: int, y: dict[str, Tensor], made: Encoded, there: Tensor) -> tuple[Tensor, Tensor]:
         """One stage of all encoders, and their meeting; the slim ones go on in `y`."""
         wide = [self.main.stage(k, y[self.names[0]], made)]
@@ -398,7 +405,7 @@ class RoadFuse(Network):
             wide.append(self.widen[n][k](y[n]))  # type: ignore[index]
         raw = self.decide[k](torch.cat(wide, 1))
         gates = torch.softmax(torch.where(there > 0, raw, raw.new_full((), -1e4)), 1)
-        fused = F.relu((gates[:, :, None] * torch.stack(wide, 1)).sum(1) * len(wide))
+        fused = F.relu(wide[0] + (gates[:, 1:, None] * torch.stack(wide[1:], 1)).sum(1))
         for n in self.slim:
             if k < len(self.tell[n]):  # type: ignore[arg-type]
                 y[n] = y[n] + self.tell[n][k](fused)  # type: ignore[index]
@@ -422,4 +429,5 @@ def build_network(config: NetworkConfig) -> Network:
         raise ConfigError("network.head", config.head, f"is not made for fusion {config.fusion!r}", "use fusion concatenate")
     network = PointRendered(config) if config.head == "pointrend" else KINDS[config.fusion](config)
     initialise(network)
+    network.settle()
     return network
