@@ -70,7 +70,6 @@ ELSEWHERE = {
     "roadfuse demo": "make demo, and test_refresh.py",
     "roadfuse serve CITY.yaml": "test_server.py",
     'roadfuse serve city.yaml --cron "0 3 * * 1" --watch 900': "test_server.py",
-    "roadfuse compare": "the name of the command",
 }
 
 
