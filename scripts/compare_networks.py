@@ -65,7 +65,9 @@ def page() -> str:
     """The rows as Markdown: means over seeds, every seed, and differences between neighbours paired by seed."""
     runs = pd.DataFrame([json.loads(p.read_text()) for p in sorted(ROWS.glob("*.json"))])
     table = tabulate(runs)
-    lines = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
+    missing = [f"`{n}`" for n in NETWORKS if n not in table.index]
+    told = f"{len(runs)} of {3 * len(NETWORKS)} runs are done" + (f"; {', '.join(missing)} are missing." if missing else ".")
+    lines = [told, "", f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
     for name, row in table.iterrows():
         seeds = ", ".join(f"{v:.3f}" for v in runs[runs.variant == name].sort_values("seed").g_iou)
         spread = f"{row.g_iou:.3f}" if row.seeds < 2 else f"{row.g_iou:.3f} ± {row.g_iou_std:.3f}"
