@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--only", default=",".join(NETWORKS))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--suite", action="store_true", help="also the damages of the robustness suite")
     parser.add_argument("--table", action="store_true", help="train nothing: gather rows and write the table")
     a = parser.parse_args()
     if a.table:
@@ -110,7 +109,7 @@ def main() -> None:
     vary = {"seed": [int(s) for s in a.seeds.split(",")], "network.preset": a.only.split(",")}
     console = Console(stderr=True)
     with open_cluster(ClusterSpec(workers=a.workers, memory_gib=6)) as client:
-        made = compare(recipe, vary, a.out, client, lambda what, k, n: console.print(f"{what}: {k} of {n}"), suite=a.suite)
+        made = compare(recipe, vary, a.out, client, lambda what, k, n: console.print(f"{what}: {k} of {n}"))
     console.print(made.table)
 
 

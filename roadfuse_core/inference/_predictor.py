@@ -39,7 +39,6 @@ __all__ = [
 
 SHIPPED = {"default": "fused.safetensors", "kde": "kde.json"}
 Precision = Literal["32", "bf16"]
-KDE_WINDOW_PX = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class PredictorFacts:
 def read_facts(ref: PredictorRef, resolution_m: float) -> PredictorFacts:
     """What the predictor behind a file takes and gives."""
     if ref.path.suffix != ".safetensors":
-        return PredictorFacts((_read_kde(ref.path).layer(resolution_m),), False, KDE_WINDOW_PX, ("probability",))
+        kde = KdePredictor(_read_kde(ref.path), resolution_m)
+        return PredictorFacts(kde.layers, kde.uses_image, kde.window_px, kde.planes)
     info = read_checkpoint_info(ref.path)
     layers = tuple(Layer.model_validate(layer) for layer in info.layers)
     gated = info.network.fusion in ("gated", "roadfuse")
@@ -144,7 +144,7 @@ class KdePredictor:
     """p = d / (d + threshold): one half exactly at the threshold, and pointwise, so that it knows no seams."""
 
     uses_image = False
-    window_px = KDE_WINDOW_PX
+    window_px = 256
     planes: tuple[str, ...] = ("probability",)
 
     def __init__(self, model: KdeModel, resolution_m: float) -> None:

@@ -19,6 +19,7 @@ from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_translate
 from rio_cogeo.profiles import cog_profiles
 
+from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Grid
 
 __all__ = ["write_cog", "write_item"]
@@ -85,7 +86,4 @@ def write_item(path: Path, name: str, grid: Grid, files: Mapping[str, Path], mad
     item = pystac.Item(name, shapely.geometry.mapping(area), list(area.bounds), made, properties, stac_extensions=[PROJECTION])
     for asset, file in files.items():
         item.add_asset(asset, pystac.Asset(file.name, asset, media_type=pystac.MediaType.COG, roles=["data"]))
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(item.to_dict(include_self_link=False), indent=1))
-    part.rename(path)
-    return path
+    return write_whole(path, json.dumps(item.to_dict(include_self_link=False), indent=1))

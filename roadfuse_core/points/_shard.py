@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyproj import CRS
 
+from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Grid, PixelProjection, fit_projection
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import shift_datum
@@ -115,9 +116,7 @@ def map_slice(job: Slice) -> SliceReport:
         return read_report(report_path)
     report_path.parent.mkdir(parents=True, exist_ok=True)
     report = _Mapper(job).run()
-    part = report_path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(report)))
-    part.rename(report_path)
+    write_whole(report_path, json.dumps(asdict(report)))
     return report
 
 

@@ -26,6 +26,7 @@ from roadfuse_core.metrics import score_city
 from roadfuse_core.models import CheckpointInfo, build_network, load_checkpoint, preset, save_checkpoint
 from roadfuse_core.settings import City, ClusterSpec, load_city
 from roadfuse_core.simulate import CityKnobs, simulate_city
+from tests.benchmarks.points import peak_mib
 
 PARTS = ("compact", "full", "bf16", "change", "memory", "workers", "orchestration")
 
@@ -129,7 +130,7 @@ def show_change(folder: Path) -> None:
 
 
 def points_city(folder: Path, tiles: int) -> City:
-    """A square of 512 px tiles with 500 points in each, and no image, ingested; simulating images would take hours."""
+    """A square of 512 px tiles with 500 points in each, and no image, ingested; the image of so large a city takes long to draw."""
     side, rng = round(tiles**0.5), np.random.default_rng(0)
     metres = side * 512.0
     east, north = rng.uniform(500_000, 500_000 + metres, 500 * tiles), rng.uniform(5_200_000, 5_200_000 + metres, 500 * tiles)
@@ -143,12 +144,6 @@ def points_city(folder: Path, tiles: int) -> City:
     city = load_city(folder / "city.yaml")
     ingest(city)
     return city
-
-
-def peak_mib() -> float:
-    """Most memory that this worker ever held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def show_memory(folder: Path) -> None:
