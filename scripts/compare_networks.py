@@ -1,7 +1,8 @@
 """Draw the comparison's cities and train its networks: python scripts/compare_networks.py OUT [--seeds 1,2,3] [--only A,B].
 
 The seeds of the cities were fixed before the first training. What is done stays done: run it again after a crash. Rows in
-docs/comparison/rows count as done; `--table` adds those of OUT to them and writes the table of docs/networks.md.
+docs/comparison/rows count as done; `--table` adds those of OUT to them, measures the networks' speed on one core and writes the
+table of docs/networks.md.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from roadfuse_core.cubes import ingest
 from roadfuse_core.files import write_whole
 from roadfuse_core.settings import ClusterSpec, load_city
 from roadfuse_core.simulate import simulate_city
-from roadfuse_core.training import compare, draw_knobs, paired_differences, tabulate
+from roadfuse_core.training import compare, draw_knobs, load_recipe, measure_speeds, paired_differences, tabulate
 
 CITIES = {"train": range(1000, 1016), "validation": range(1900, 1901), "test": range(2000, 2004)}
 EXTENT_M = 1280.0
@@ -29,7 +30,8 @@ NETWORKS = (
     "d-linknet34-1d", "pp-linknet34", "e-road-18",
 )  # fmt: skip
 DOCS = Path(__file__).parents[1] / "docs"
-RECIPE, ROWS, PAGE = DOCS / "comparison/recipe.yaml", DOCS / "comparison/rows", DOCS / "networks.md"
+RECIPE, ROWS, SPEEDS = (DOCS / "comparison" / name for name in ("recipe.yaml", "rows", "speeds.json"))
+PAGE = DOCS / "networks.md"
 HEAD = (
     "network",
     "g_iou, each seed",
@@ -64,6 +66,7 @@ def keep_rows(out: Path) -> None:
 def page() -> str:
     """The rows as Markdown: means over seeds, every seed, and differences between neighbours paired by seed."""
     runs = pd.DataFrame([json.loads(p.read_text()) for p in sorted(ROWS.glob("*.json"))])
+    runs["windows_per_s"] = runs.variant.map(json.loads(SPEEDS.read_text()))
     table = tabulate(runs)
     missing = [f"`{n}`" for n in NETWORKS if n not in table.index]
     told = f"{len(runs)} of {3 * len(NETWORKS)} runs are done" + (f"; {', '.join(missing)} are missing." if missing else ".")
@@ -94,6 +97,8 @@ def main() -> None:
     a = parser.parse_args()
     if a.table:
         keep_rows(a.out)
+        speeds = measure_speeds({n: load_recipe(RECIPE, {"network.preset": n}) for n in NETWORKS})
+        write_whole(SPEEDS, json.dumps(speeds, indent=1) + "\n")
         text = re.sub(
             f"{MARKS[0]}.*{MARKS[1]}", lambda _: f"{MARKS[0]}\n{page()}\n{MARKS[1]}", PAGE.read_text(), flags=re.DOTALL
         )

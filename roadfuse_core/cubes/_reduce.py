@@ -179,17 +179,34 @@ class _Adder:
         self.written.add(tile)
         runs.sort(key=lambda run: run.period)
         periods = [(p, list(group)) for p, group in groupby(runs, key=lambda run: run.period)]
+        made: dict[str, dict[tuple[str, tuple[int, ...]], bytes]] = {}
         for name in self.job.arrays:
-            period, total = self.dense[self.chunks.array(f"total/{name}").dtype]
-            held = self._begin(f"total/{name}", place, total)
-            for number, of_period in periods:
-                where = f"period/{name}", (number, *place)
-                encoded = self._store(*where, of_period, name, period, self._begin(*where, period))
-            if self.fresh and len(periods) == 1:
-                if encoded is not None:  # the tile's only period is its total: encoding takes longer than all adding
-                    self.chunks.write_encoded(f"total/{name}", place, encoded)
-                continue
-            self._store(f"total/{name}", place, runs, name, total, held)
+            # Encoding takes longer than all adding: where every sample has a quantity, its count is the count.
+            if self.fresh and name.endswith("_count") and "count" in made and all(_equals_count(run, name) for run in runs):
+                for (kind, where), encoded in made["count"].items():
+                    self.chunks.write_encoded(f"{kind}/{name}", where, encoded)
+            else:
+                made[name] = self._add_array(name, place, runs, periods)
+
+    def _add_array(
+        self, name: str, place: tuple[int, int], runs: list[_Run], periods: list[tuple[int, list[_Run]]]
+    ) -> dict[tuple[str, tuple[int, ...]], bytes]:
+        """Add runs to one array's chunks; returns those that were encoded."""
+        period, total = self.dense[self.chunks.array(f"total/{name}").dtype]
+        held = self._begin(f"total/{name}", place, total)
+        stored: dict[tuple[str, tuple[int, ...]], bytes | None] = {}
+        for number, of_period in periods:
+            where = (number, *place)
+            held_too = self._begin(f"period/{name}", where, period)
+            stored["period", where] = self._store(f"period/{name}", where, of_period, name, period, held_too)
+        if self.fresh and len(periods) == 1:  # the tile's only period is its total
+            (encoded,) = stored.values()
+            if encoded is not None:
+                self.chunks.write_encoded(f"total/{name}", place, encoded)
+            stored["total", place] = encoded
+        else:
+            stored["total", place] = self._store(f"total/{name}", place, runs, name, total, held)
+        return {where: encoded for where, encoded in stored.items() if encoded is not None}
 
     def _begin(self, path: str, place: tuple[int, ...], dense: NDArray[Any]) -> bool:
         """Bring what a chunk holds into the dense tile; whether there is such a chunk."""
@@ -221,6 +238,11 @@ class _Adder:
         for run in runs:
             _clear(dense, run.pixel, run.start, run.stop)
         return encoded
+
+
+def _equals_count(run: _Run, name: str) -> bool:
+    of = slice(run.start, run.stop)
+    return np.array_equal(run.values[name][of], run.values["count"][of])
 
 
 @njit(cache=True, nogil=True)

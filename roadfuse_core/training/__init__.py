@@ -2,7 +2,16 @@
 
 from roadfuse_core.training._augment import Prepared, points_of, prepare, render_points
 from roadfuse_core.training._compact import CompactRecipe, bce_dice, train_compact
-from roadfuse_core.training._compare import Comparison, compare, paired, paired_differences, parse_vary, plan_runs, tabulate
+from roadfuse_core.training._compare import (
+    Comparison,
+    compare,
+    measure_speeds,
+    paired,
+    paired_differences,
+    parse_vary,
+    plan_runs,
+    tabulate,
+)
 from roadfuse_core.training._fit import DivergedError, Splits, Trained, lay_split, split_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
 from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe
@@ -43,6 +52,7 @@ __all__ = [
     "lay_ground",
     "lay_split",
     "load_recipe",
+    "measure_speeds",
     "paired",
     "paired_differences",
     "parse_vary",

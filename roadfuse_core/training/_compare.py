@@ -21,13 +21,23 @@ from scipy import stats
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.files import write_whole
-from roadfuse_core.models import describe, load_checkpoint
+from roadfuse_core.models import build_network, describe, load_checkpoint
 from roadfuse_core.training._fit import lay_split, split_recipe, train
 from roadfuse_core.training._pictures import panel, to_png, window_inputs
 from roadfuse_core.training._recipe import Recipe, load_recipe
-from roadfuse_core.training._score import SUITE, score_network
+from roadfuse_core.training._score import SUITE, measure_speed, score_network
 
-__all__ = ["FIGURES", "Comparison", "compare", "paired", "paired_differences", "parse_vary", "plan_runs", "tabulate"]
+__all__ = [
+    "FIGURES",
+    "Comparison",
+    "compare",
+    "measure_speeds",
+    "paired",
+    "paired_differences",
+    "parse_vary",
+    "plan_runs",
+    "tabulate",
+]
 
 FIGURES = ("g_iou", "a_iou", "a_iou_batch8", "f1", "attack_drop", "parameters", "gflops", "windows_per_s", "minutes")
 
@@ -99,6 +109,8 @@ def compare(
         split_recipe(job.recipe)
     rows = run_jobs(client, _train_and_score if client is None else _on_one_thread, jobs, "training runs", tell)
     runs = pd.DataFrame(rows)
+    # When nothing else runs any more.
+    runs["windows_per_s"] = runs.variant.map(measure_speeds({job.variant: job.recipe for job in jobs}))
     table = tabulate(runs)
     made = Comparison(runs, table, paired_differences(runs, list(table.index)))
     out.mkdir(parents=True, exist_ok=True)
@@ -107,6 +119,11 @@ def compare(
     made.pairs.to_csv(out / "pairs.csv", index=False)
     (out / "compare.html").write_text(_page(path.stem, made, _picture(jobs, list(table.index), out)))
     return made
+
+
+def measure_speeds(recipes: dict[str, Recipe]) -> dict[str, float]:
+    """Windows a second of each recipe's network, one after the other; weights do not matter to it."""
+    return {k: measure_speed(build_network(r.network_config()).eval(), r.view()) for k, r in recipes.items()}
 
 
 def plan_runs(path: Path, vary: dict[str, list[Any]], out: Path) -> list[str]:
@@ -148,7 +165,7 @@ def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
     row = {"variant": job.variant, "seed": job.recipe.seed} | {k: v for k, v in asdict(plain).items()}
     row |= {
         "attack_drop": 1 - attacked.g_iou / plain.g_iou if plain.g_iou > 0 else math.nan, "minutes": minutes,
-        "parameters": described.parameters, "gflops": described.gflops, "windows_per_s": found["none", 0].windows_per_s,
+        "parameters": described.parameters, "gflops": described.gflops,
         "by_city": found["none", 0].by_city,
     }  # fmt: skip
     if job.suite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from roadfuse_core.training._module import confusion_sums
 from roadfuse_core.training._recipe import View
 from roadfuse_core.training._windows import StillWindows, Window, collate
 
-__all__ = ["SUITE", "Damage", "Scored", "score_network"]
+__all__ = ["SUITE", "Damage", "Scored", "measure_speed", "score_network"]
 
 Change = Callable[[np.random.Generator, int], dict[str, Any]]
 
@@ -71,12 +72,10 @@ class Scored:
     Attributes:
         scores: Over all tiles.
         by_city: g_iou of each ground, in order.
-        windows_per_s: Of the network alone, without reading and rendering.
     """
 
     scores: Scores
     by_city: tuple[float, ...]
-    windows_per_s: float
 
 
 class _Damaged(StillWindows):
@@ -105,22 +104,46 @@ def score_network(
         tell: Progress.
     """
     device = next(network.parameters()).device
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     windows = _Damaged(view, grounds, key=1)
     windows.damage = damage
     counts = np.zeros((windows.n_tiles, 4), np.int64)
-    seconds, done = 0.0, 0
+    done = 0
     for batch in DataLoader(windows, batch_size=view.batch, collate_fn=collate):
         batch = batch.to(device)
         made = prepare(batch, view)
-        began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=view.bf16):
             logits = network(made.inputs, made.present).logits
-        found = confusion_sums(logits, made).cpu().numpy()
-        seconds += time.perf_counter() - began
-        np.add.at(counts, batch.tile.cpu().numpy(), found)
+        np.add.at(counts, batch.tile.cpu().numpy(), confusion_sums(logits, made).cpu().numpy())
         done += len(batch)
         tell(f"scoring, {damage.family} {damage.level:g}", done, len(windows))
-    return Scored(_scores(counts), _by_city(counts, grounds), done / seconds)
+    return Scored(_scores(counts), _by_city(counts, grounds))
+
+
+@torch.inference_mode()
+def measure_speed(network: Network, view: View, repeats: int = 15) -> float:
+    """Windows a second of a network alone, on one thread of a CPU or on its GPU; the median of some batches of random input.
+
+    Args:
+        network: In eval mode, on its device.
+        view: Its window, batch and precision.
+        repeats: Batches that are timed, after three that are not.
+    """
+    device = next(network.parameters()).device
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shape, threads = (view.window_px, view.window_px), torch.get_num_threads()
+    inputs = {n: torch.rand(view.batch, c, *shape, device=device) for n, c in network.config.modalities.items()}
+    seconds = []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(3 + repeats):
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=view.bf16):
+                network(inputs).logits.max().item()  # to the CPU: a GPU has finished then
+            seconds.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return view.batch / statistics.median(seconds[3:])
 
 
 def _scores(counts: NDArray[np.int64]) -> Scores:

@@ -1,8 +1,10 @@
 """Where work runs: what is counted, and who may connect."""
 
+import os
+
 import psutil
 
-from roadfuse_core.cluster import open_cluster, run_jobs
+from roadfuse_core.cluster import ALLOCATOR, open_cluster, run_jobs
 from roadfuse_core.settings import ClusterSpec
 
 
@@ -17,6 +19,15 @@ def test_nothing_listens_beyond_this_machine():
     with open_cluster(ClusterSpec(workers=1)) as client:
         assert client.submit(abs, -1).result() == 1
         assert listening() == {"127.0.0.1"}
+
+
+def test_workers_keep_the_memory_that_they_use_again_and_again(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        found = client.submit(lambda: {k: os.environ[k] for k in (*ALLOCATOR, "OMP_NUM_THREADS")}).result()
+    # What an operator sets counts more; what Dask sets otherwise stays.
+    kept = str(ALLOCATOR["MALLOC_TRIM_THRESHOLD_"])
+    assert found == {"MALLOC_TRIM_THRESHOLD_": kept, "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
 
 
 def double(n: int) -> int:
