@@ -13,8 +13,7 @@ from roadfuse_core.cubes import ingest
 from roadfuse_core.inference import KdeModel
 from roadfuse_core.metrics import tune_kde
 from roadfuse_core.settings import load_city
-from roadfuse_core.simulate import simulate_city
-from roadfuse_core.training import draw_knobs
+from roadfuse_core.simulate import draw_knobs, simulate_city
 
 CITIES = range(1000, 1006)
 

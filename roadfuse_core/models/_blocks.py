@@ -8,7 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Directional", "DoubleConv", "LinkNetBlock", "ResidualUnit", "conv_bn_relu", "initialise", "resize", "upsampler"]
+__all__ = [
+    "Affine",
+    "Directional",
+    "DoubleConv",
+    "LinkNetBlock",
+    "ResidualUnit",
+    "conv_bn_relu",
+    "initialise",
+    "resize",
+    "upsampler",
+    "without_norms",
+]
 
 Up = Literal["transposed", "1d", "1d-released"]
 
@@ -22,6 +33,27 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, dilati
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """Bilinear, to the height and width of another map."""
     return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Affine(nn.Module):
+    """A factor and a shift of each channel: a batch norm that does not look at the batch; (N, C, H, W) → (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scaled and shifted."""
+        return x * self.weight.to(x.dtype)[:, None, None] + self.bias.to(x.dtype)[:, None, None]
+
+
+def without_norms(module: nn.Module) -> None:
+    """Put an `Affine` in the place of every batch norm."""
+    for name, part in list(module.named_children()):
+        if isinstance(part, nn.BatchNorm2d):
+            setattr(module, name, Affine(part.num_features))
+        else:
+            without_norms(part)
 
 
 class DoubleConv(nn.Sequential):

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.models._base import Network, Prediction, Tensors, multiple_of
-from roadfuse_core.models._blocks import conv_bn_relu, initialise
+from roadfuse_core.models._blocks import conv_bn_relu, initialise, without_norms
 from roadfuse_core.models._branch import Branch, Encoded
 from roadfuse_core.models._config import NetworkConfig
+from roadfuse_core.models._encoder import BasicBlock
 from roadfuse_core.models._fusion import (
     Correction,
     DualEnhancement,
@@ -367,6 +368,8 @@ class RoadFuse(Network):
         self.main = Branch(config, sum(config.modalities.values()))
         slim = config.model_copy(update={"width": config.width / 4, "encoder": "resnet18"})
         self.slim = nn.ModuleDict({n: Branch(slim, config.modalities[n], whole=False) for n in others})
+        # Points are sparse: in whole batches a channel is silent, and then its variance says nothing about other batches.
+        without_norms(self.slim)
         widths = self.main.encoder.widths
         narrow: tuple[int, ...] = self.slim[others[0]].encoder.widths  # type: ignore[union-attr,assignment]
         pairs = list(zip(narrow, widths, strict=True))
@@ -392,7 +395,9 @@ class RoadFuse(Network):
         return Prediction(self.main.decoder.head(blocks[-1]), {"side": self.side(blocks[3])}, maps)
 
     def settle(self) -> None:
-        """What meets the main branch begins at zero."""
+        """What meets the main branch begins at zero, and blocks without norms as their shortcuts (De and Smith 2020)."""
+        for block in (m for m in self.slim.modules() if isinstance(m, BasicBlock)):
+            nn.init.zeros_(block.bn2.weight)
         for part in (self.widen, self.tell, self.decide):
             for weight in part.parameters():
                 nn.init.zeros_(weight)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["CityKnobs", "DirtKnobs"]
+__all__ = ["CityKnobs", "DirtKnobs", "draw_knobs"]
 
 
 class DirtKnobs(BaseModel):
@@ -56,3 +57,18 @@ class CityKnobs(BaseModel):
 
     outdated_missing: float = Field(0.15, ge=0, le=0.9, description="share of true minor roads that the old map lacks")
     outdated_gone: float = Field(0.08, ge=0, le=0.9, description="roads of the old map that are gone, as share of true minor")
+
+
+def draw_knobs(seed: int, size_m: float) -> CityKnobs:
+    """A city whose difficulties are drawn from the ranges that real cities show."""
+    rng = np.random.default_rng([seed, 41])
+    return CityKnobs(
+        seed=seed, size_m=size_m, dirt=DirtKnobs(null_island=0, not_finite=0, swapped=0, duplicate=0, teleport=0), days=1,
+        lon=float(rng.uniform(12, 18)), lat=float(rng.uniform(-45, 55)),
+        road_contrast=float(rng.uniform(0.6, 1)), canopy=float(rng.uniform(0.1, 0.85)),
+        shadow=float(rng.uniform(0.1, 0.95)), lookalikes=float(rng.uniform(0, 1)),
+        fog=float(max(0.0, rng.uniform(-0.6, 0.5))), parking=float(rng.uniform(0, 1)),
+        untravelled=float(rng.uniform(0, 0.4)), traffic_power=float(rng.uniform(0.6, 1.3)),
+        gps_noise_m=float(rng.uniform(2, 8)), canyon_bias_m=float(rng.uniform(0, 10)),
+        points_per_day=int(np.exp(rng.uniform(np.log(12_000), np.log(400_000)))),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """Training: recipes, windows, augmentation on the device, Lightning's loop, comparisons, robustness."""
 
 from roadfuse_core.training._augment import Prepared, points_of, prepare, render_points
-from roadfuse_core.training._compact import CompactRecipe, bce_dice, train_compact
+from roadfuse_core.training._compact import CompactRecipe, train_compact
 from roadfuse_core.training._compare import (
     Comparison,
     compare,
@@ -15,7 +15,6 @@ from roadfuse_core.training._compare import (
 from roadfuse_core.training._fit import DivergedError, Splits, Trained, lay_split, split_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
 from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe
-from roadfuse_core.training._samples import TrainingCity, draw_city, draw_knobs, window_batch
 from roadfuse_core.training._score import SUITE, Damage, Scored, score_network
 from roadfuse_core.training._suite import run_suite, write_curves
 from roadfuse_core.training._windows import Batch, Draws, EpochOrder, StillWindows, TrainingWindows, Window, collate
@@ -39,16 +38,12 @@ __all__ = [
     "Splits",
     "StillWindows",
     "Trained",
-    "TrainingCity",
     "TrainingWindows",
     "View",
     "Window",
     "arrays_of_layers",
-    "bce_dice",
     "collate",
     "compare",
-    "draw_city",
-    "draw_knobs",
     "lay_ground",
     "lay_split",
     "load_recipe",
@@ -66,6 +61,5 @@ __all__ = [
     "tabulate",
     "train",
     "train_compact",
-    "window_batch",
     "write_curves",
 ]

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from roadfuse_core.cubes import Layer
 from roadfuse_core.models import Network, NetworkConfig, build_network, preset
-from roadfuse_core.training._samples import TrainingCity, draw_city, draw_knobs, window_batch
+from roadfuse_core.simulate import draw_knobs
+from roadfuse_core.training._samples import TrainingCity, draw_city, window_batch
 
 __all__ = ["CompactRecipe", "bce_dice", "train_compact"]
 

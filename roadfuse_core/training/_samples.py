@@ -10,12 +10,11 @@ from pyproj import Transformer
 from scipy import ndimage
 
 from roadfuse_core.cubes import Layer, render
-from roadfuse_core.simulate import CityKnobs, DirtKnobs, SimulatedCity
+from roadfuse_core.simulate import CityKnobs, SimulatedCity
 
-__all__ = ["TrainingCity", "draw_city", "draw_knobs", "window_batch"]
+__all__ = ["TrainingCity", "draw_city", "window_batch"]
 
 Floats = NDArray[np.float32]
-CLEAN = DirtKnobs(null_island=0, not_finite=0, swapped=0, duplicate=0, teleport=0)
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,6 @@ class TrainingCity:
     image: NDArray[np.uint8]
     truth: NDArray[np.uint8]
     points: Floats
-
-
-def draw_knobs(seed: int, size_m: float) -> CityKnobs:
-    """A city whose difficulties are drawn from the ranges that real cities show."""
-    rng = np.random.default_rng([seed, 41])
-    return CityKnobs(
-        seed=seed, size_m=size_m, dirt=CLEAN, days=1,
-        lon=float(rng.uniform(12, 18)), lat=float(rng.uniform(-45, 55)),
-        road_contrast=float(rng.uniform(0.6, 1)), canopy=float(rng.uniform(0.1, 0.85)),
-        shadow=float(rng.uniform(0.1, 0.95)), lookalikes=float(rng.uniform(0, 1)),
-        fog=float(max(0.0, rng.uniform(-0.6, 0.5))), parking=float(rng.uniform(0, 1)),
-        untravelled=float(rng.uniform(0, 0.4)), traffic_power=float(rng.uniform(0.6, 1.3)),
-        gps_noise_m=float(rng.uniform(2, 8)), canyon_bias_m=float(rng.uniform(0, 10)),
-        points_per_day=int(np.exp(rng.uniform(np.log(12_000), np.log(400_000)))),
-    )  # fmt: skip
 
 
 def draw_city(knobs: CityKnobs) -> TrainingCity:

@@ -10,7 +10,7 @@ import yaml
 
 from flows.cli import app
 from roadfuse_core.settings import City
-from roadfuse_core.training import Recipe, load_recipe
+from roadfuse_core.training import Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +34,19 @@ def test_the_settings_pages_are_what_the_code_says():
         assert between == module.table(model), "run scripts/settings_table.py"
 
 
-def test_the_table_of_networks_is_what_the_rows_say():
+def test_the_tables_of_networks_are_what_the_rows_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     module = _script("compare_networks")
-    between = re.search(f"{module.MARKS[0]}\n(.*)\n{module.MARKS[1]}", module.PAGE.read_text(), re.DOTALL)[1]
-    assert between == module.page(), "run scripts/compare_networks.py OUT --table"
-    rows = [json.loads(p.read_text()) for p in module.ROWS.glob("*.json")]
-    assert len({(r["variant"], r["seed"]) for r in rows}) == len(rows), "one recipe for all"
-    digests = {load_recipe(module.RECIPE, {"seed": r["seed"], "network.preset": r["variant"]}).digest() for r in rows}
-    assert digests == {p.stem for p in module.ROWS.glob("*.json")}, "the rows are of another recipe than the one beside them"
+    expected = set()
+    for name, experiment in module.EXPERIMENTS.items():
+        between = re.search(f"<!-- {name} -->\n(.*)\n<!-- /{name} -->", module.PAGE.read_text(), re.DOTALL)[1]
+        assert between == module.page(name), "run scripts/compare_networks.py OUT --table"
+        for (_, network, seed), path in module.row_files(experiment).items():
+            expected.add(path)
+            row = json.loads(path.read_text()) if path.is_file() else {"seed": seed, "variant": network}
+            assert row["seed"] == seed
+            assert row["variant"] == network
+    assert set(module.ROWS.glob("*.json")) <= expected, "rows of another recipe than those beside them"
 
 
 def test_every_setting_has_a_description():

@@ -318,6 +318,16 @@ def test_gates_leave_the_network():
         assert all((alone[k] < 1e-6).all() for k in alone if "image" in k)
 
 
+def test_slim_encoders_of_ours_do_not_look_at_the_batch():
+    network = compact("roadfuse").train()
+    assert not [m for m in network.slim.modules() if isinstance(m, nn.BatchNorm2d)]
+    for part in network.parameters():  # what began at zero counts now
+        nn.init.normal_(part, std=0.05)
+    x = torch.randn(3, 1, 64, 64)
+    one, of_three = (network.slim["gps"].encoder.stage(0, y)[0][:1] for y in (x[:1], x))
+    assert torch.allclose(one, of_three, rtol=1e-4, atol=1e-5)
+
+
 def test_unknown_preset_and_bad_checkpoints(tmp_path):
     with pytest.raises(ConfigError, match="'x' is not a preset; choose one of d-linknet34"):
         preset("x")

@@ -4,19 +4,33 @@
 """
 
 import sys
+import tempfile
 import time
 from functools import cache
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from roadfuse_core.cubes import Layer
+from roadfuse_core.cubes import ingest
 from roadfuse_core.models import LOSSES, PRESETS, build_network, deep_loss, preset
-from roadfuse_core.training import draw_city, draw_knobs, window_batch
+from roadfuse_core.settings import load_city
+from roadfuse_core.simulate import draw_knobs, simulate_city
+from roadfuse_core.training import TrainingWindows, collate, lay_ground, load_recipe, prepare
 
-WIDTH, PX, STEPS = 0.125, 128, 600
+WIDTH, STEPS = 0.125, 600
+RECIPE = {
+    "name": "four-windows",
+    "cities": ["city/city.yaml"],
+    "network": {"preset": "d-linknet34"},
+    "layers": [{"kind": "log_count", "cap": 20, "sigma_px": 1, "radius_px": 1}],
+    "window_px": 128,
+    "road_bias": 1.0,
+    # Nothing can be learnt from zeros.
+    "augmentation": {"omit": 0, "blank": 0, "drop_image": 0, "drop_gps": 0, "subsample": 0},
+}
 # Logits at 1/4 or coarser, resized bilinearly, cannot follow an edge; PointRend's points learn it only by sampling.
 COARSE = {
     "deeplabv3plus",
@@ -34,15 +48,18 @@ COARSE = {
 
 @cache
 def windows():
-    """Four windows with roads, the same for every preset."""
-    city = draw_city(draw_knobs(1, 512.0))
-    layers = [Layer(kind="log_count", cap=20, sigma_px=1, radius_px=1)]
-    for seed in range(100):  # without those whose augmentation took a modality away: nothing can be learnt from zeros
-        inputs, labels = window_batch([city], layers, PX, 4, np.random.default_rng(seed))
-        gps, image = (np.asarray(inputs[k]) for k in ("gps", "image"))
-        if min((gps > 0.02).mean((1, 2, 3)).min() * 3, (image != 0).mean((1, 2, 3)).min()) > 0.1:
-            return {k: torch.as_tensor(v) for k, v in inputs.items()}, torch.as_tensor(labels)
-    raise AssertionError("no four windows with roads, points and image")
+    """Four windows with roads and points, the same for every preset."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = simulate_city(Path(folder) / "city", draw_knobs(1, 512.0))
+        city = load_city(path)
+        ingest(city)
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(RECIPE))
+        loaded = load_recipe(recipe)
+        ground = lay_ground(city, city.make_grid().tiles(), "roads", loaded.view(), Path(folder))
+        drawn = TrainingWindows(loaded, [ground], 0)
+        made = prepare(collate([drawn[k] for k in range(4)]), loaded.view())
+    return made.inputs, made.labels
 
 
 def shown(config):
