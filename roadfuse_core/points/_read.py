@@ -23,7 +23,7 @@ __all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_batches", "read_rows", "sh
 METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
 NO_TIME = np.iinfo(np.int64).min
 DUCKDB_BYTES = 800_000_000
-BATCH_ROWS = 14_336  # 112 KiB a column: above 128 KiB every batch would be mapped and unmapped by the system
+BATCH_ROWS = 14_336  # 112 KiB a column, which fit the cache
 ABSENT = ["", "None", "none", "NULL", "null", "NaN", "nan", "NA"]
 
 Floats = NDArray[np.float64]

@@ -105,28 +105,24 @@ def show_ratios(city: City, folder: Path, runs: int, only: list[str]) -> None:
         print(f"bf16 against float32: {gain:.2f} × (target 2), g_iou changes by {change:.5f} (target 0.001)")
 
 
-def show_change(folder: Path) -> None:
+def show_change(folder: Path, tiles: int = 1600) -> None:
     """A dump that touches one per cent of the tiles, in one place."""
-    city = make_city(folder / "wide", 5120.0)
-    first = infer(city, full=True)
-    grid, rng = city.make_grid(), np.random.default_rng(0)
-    table = pq.read_table(next((city.root / "dumps").glob("*.parquet"))).slice(0, 2000)
-    side = round(grid.tiles_x / 10) * grid.tile_px
-    east = grid.bounds.left + 1024 + rng.uniform(0, side, 2000)
-    north = grid.bounds.top - 1024 - rng.uniform(0, side, 2000)
+    city = points_city(folder / "wide", tiles)
+    plan_refresh(city)  # calibrates
+    grid, rng, side = city.make_grid(), np.random.default_rng(1), round((tiles / 100) ** 0.5) * 512.0
+    east, north = (rng.uniform(at, at + side, 2000) for at in (grid.bounds.left + 2048, grid.bounds.top - 2048 - side))
     lon, lat = Transformer.from_crs(grid.crs, 4326, always_xy=True).transform(east, north)
-    for name, values in (("lon", lon), ("lat", lat)):
-        table = table.set_column(table.schema.get_field_index(name), name, [values])
-    pq.write_table(table, city.root / "new.parquet")
-    began = time.perf_counter()
-    infer(city, group="whole", full=True)
-    whole = time.perf_counter() - began
-    ingest(city, ["new.parquet"])
-    began = time.perf_counter()
-    second = infer(city)
-    part = time.perf_counter() - began
-    print(f"1 % of {grid.n_tiles} tiles changed: {second['windows'] / first['windows']:.1%} of the windows (target 3 %), "
-          f"{part / whole:.1%} of the time")  # fmt: skip
+    pq.write_table(pa.table({"lon": lon, "lat": lat}), city.root / "new.parquet")
+    with open_cluster(ClusterSpec(workers=2)) as client:
+        began = time.perf_counter()
+        first = infer(city, client=client, full=True)
+        whole = time.perf_counter() - began
+        ingest(city, ["new.parquet"], client=client)
+        began = time.perf_counter()
+        second = infer(city, client=client)
+        part = time.perf_counter() - began
+    print(f"1 % of {grid.n_tiles} tiles changed: {second['windows'] / first['windows']:.1%} of {first['windows']:,} windows (target 3 %), "
+          f"{part / whole:.1%} of {whole:.0f} s")  # fmt: skip
 
 
 def points_city(folder: Path, tiles: int) -> City:
