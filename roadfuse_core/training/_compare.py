@@ -117,7 +117,7 @@ def compare(
     runs.to_csv(out / "runs.csv", index=False)
     table.to_csv(out / "table.csv")
     made.pairs.to_csv(out / "pairs.csv", index=False)
-    (out / "compare.html").write_text(_page(path.stem, made, _picture(jobs, list(table.index), out)))
+    (out / "compare.html").write_text(_page(jobs[0].recipe.name, made, _picture(jobs, list(table.index), out)))
     return made
 
 
@@ -224,18 +224,37 @@ def _picture(jobs: list[_Run], order: list[str], out: Path) -> str:
 
 
 def _page(name: str, made: Comparison, picture: str) -> str:
-    style = ("body{font:15px/1.5 system-ui,sans-serif;margin:2rem;color:#222}td,th{padding:.2rem .7rem;text-align:right}"
-             "th:first-child,td:first-child{text-align:left}table{border-collapse:collapse}tr:nth-child(even){background:#f4f4f4}"
-             "img{max-width:100%}")  # fmt: skip
-    table = made.table.map(lambda v: f"{v:,.3f}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}")
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem;color:#222}div{overflow-x:auto}img{max-width:100%}"
+        "td,th{padding:.2rem .7rem;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}"
+        "table{border-collapse:collapse}tr:nth-child(even){background:#f4f4f4}"
+    )
     pairs = made.pairs.map(lambda v: f"{v:+.4f}" if isinstance(v, float) else v)
     runs = made.runs.drop(columns=[c for c in ("suite", "by_city") if c in made.runs])
     window = f'<img alt="test window" src="data:image/png;base64,{picture}">' if picture else "Its weights are elsewhere."
     parts = [
-        f"<h1>{html.escape(name)}</h1><p>Scores on the test tiles: mean over seeds, and their standard deviation. attack_drop: "
+        f"<h1>{html.escape(name)}</h1><p>Scores on the test tiles: mean over seeds ± standard deviation. attack drop: "
         "the share of g_iou that is lost when a quarter of the image and another quarter of the points are gone.</p>",
-        table.to_html(border=0), "<h2>One test window</h2>", window,
-        "<h2>Differences of g_iou, paired by seed, with 95 % intervals</h2>", pairs.to_html(border=0, index=False),
-        "<h2>Every run</h2>", runs.to_html(border=0, index=False, float_format=lambda v: f"{v:.4f}"),
+        _wide(_told(made.table)), "<h2>One test window</h2><p>With each network's IoU in this window; white: road found, red: "
+        "road that is none, blue: road that was missed.</p>", window,
+        "<h2>Differences of g_iou, paired by seed, with 95 % intervals</h2>", _wide(pairs.to_html(border=0, index=False)),
+        "<h2>Every run</h2>", _wide(runs.to_html(border=0, index=False, float_format=lambda v: f"{v:.4f}")),
     ]  # fmt: skip
     return f'<!doctype html><meta charset="utf-8"><title>{html.escape(name)}</title><style>{style}</style>' + "".join(parts)
+
+
+def _wide(table: str) -> str:
+    return f"<div>{table}</div>"
+
+
+def _told(table: pd.DataFrame) -> str:
+    """The table with mean and deviation in one cell."""
+    out = pd.DataFrame({"variant": table.index, "seeds": table.seeds.to_numpy()})
+    for name in FIGURES:
+        spread = table.get(f"{name}_std")
+        digits = 3 if spread is not None else 0 if table[name].max() >= 100 else 1
+        means = [f"{v:,.{digits}f}" for v in table[name]]
+        out[name.replace("_", " ")] = means if spread is None else [
+            m if np.isnan(s) else f"{m} ± {s:.3f}" for m, s in zip(means, spread, strict=True)
+        ]  # fmt: skip
+    return out.to_html(border=0, index=False)

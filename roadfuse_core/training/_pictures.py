@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from roadfuse_core.training._augment import Prepared, prepare
@@ -19,7 +19,7 @@ from roadfuse_core.training._windows import StillWindows, collate
 
 __all__ = ["panel", "to_png", "window_inputs"]
 
-TITLE_PX = 18
+PANEL_PX, TITLE_PX, GAP_PX = 256, 22, 10
 COLUMNS = 4
 Picture = NDArray[np.uint8]
 
@@ -54,15 +54,17 @@ def to_png(panels: list[tuple[str, Picture]], made: Prepared) -> str:
         grey = (layer / layer.max().clamp(min=1e-6)).sqrt()
         shown.append(("points", (grey * 255).byte()[..., None].expand(-1, -1, 3).numpy()))
     truth = (made.labels[0, 0] * 255).byte()[..., None].expand(-1, -1, 3).numpy()
-    every = [*shown, ("truth (below: white hit, red false, blue missed)", truth), *panels]
-    px = truth.shape[0]
+    every = [*shown, ("truth", truth), *panels]
+    scale = -(-PANEL_PX // truth.shape[0])
+    px = scale * truth.shape[0]
     rows = -(-len(every) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (px + 8), rows * (px + TITLE_PX + 8)), "white")
+    sheet = Image.new("RGB", (COLUMNS * (px + GAP_PX), rows * (px + TITLE_PX + GAP_PX)), "white")
     draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
     for k, (title, picture) in enumerate(every):
-        x, y = k % COLUMNS * (px + 8), k // COLUMNS * (px + TITLE_PX + 8)
-        draw.text((x + 2, y + 2), title[: px // 6], fill="black")
-        sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (x, y + TITLE_PX))
+        x, y = k % COLUMNS * (px + GAP_PX), k // COLUMNS * (px + TITLE_PX + GAP_PX)
+        draw.text((x + 2, y + 2), title, fill="black", font=font)
+        sheet.paste(Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)), (x, y + TITLE_PX))
     held = io.BytesIO()
     sheet.save(held, "PNG", optimize=True)
     return base64.b64encode(held.getvalue()).decode()
