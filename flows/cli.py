@@ -279,13 +279,15 @@ def evaluate(
 
 
 def _evaluate_suite(cities: list[City], weights: list[str], out: Path | None, as_json: bool) -> None:
-    from roadfuse_core.inference import resolve_weights
+    from roadfuse_core.inference import choose_weights, resolve_weights
     from roadfuse_core.training import run_suite
     from tasks.progress import ConsoleProgress
 
     folder = out or cities[0].workspace_path / "suite"
     with ConsoleProgress() as tell:
-        found = run_suite(cities, [resolve_weights(w, Path.cwd()).path for w in weights], folder, tell)
+        found = run_suite(
+            cities, [resolve_weights(choose_weights(cities[0], w), Path.cwd()).path for w in weights], folder, tell
+        )
     if as_json:
         _print_json(found.to_dict("records"))
         return

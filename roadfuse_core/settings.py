@@ -146,7 +146,9 @@ class MapSpec(_Spec):
 class ModelSpec(_Spec):
     """Who predicts."""
 
-    weights: str = Field("default", description="`default`, `kde`, a checkpoint (.safetensors) or a tuned KDE (.json)")
+    weights: str = Field(
+        "default", description="`default`: `gps` without imagery, else `fused`; `kde`; a checkpoint, or a tuned KDE (.json)"
+    )
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a pixel is road")
     batch: int | None = Field(None, ge=1, le=256, description="windows a forward pass; by default found by measurement")
     precision: Literal["auto", "32", "bf16"] = Field(

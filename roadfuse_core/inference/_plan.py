@@ -22,7 +22,7 @@ from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
 from roadfuse_core.inference._evidence import Evidence, images_of, reach_px, read_evidence, read_region, readers_of
 from roadfuse_core.inference._map import MapRecord, standing_record
-from roadfuse_core.inference._predictor import PredictorFacts, PredictorRef, read_facts, resolve_weights
+from roadfuse_core.inference._predictor import PredictorFacts, PredictorRef, choose_weights, read_facts, resolve_weights
 from roadfuse_core.settings import City
 
 __all__ = ["RefreshPlan", "plan_refresh"]
@@ -120,7 +120,7 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
         ConfigError: The model cannot use what the city has, or a worker's memory is too small for it.
         StoreError: The city has points but no cube yet.
     """
-    ref = resolve_weights(weights or city.model.weights, city.root).model_copy(update={"turns": city.model.turns})
+    ref = resolve_weights(choose_weights(city, weights), city.root).model_copy(update={"turns": city.model.turns})
     evidence = read_evidence(city)
     grid = evidence.grid
     predictor = read_facts(ref, grid.resolution_m)

@@ -22,6 +22,7 @@ from torch import Tensor
 from roadfuse_core.cubes import Layer
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.models import Prediction, load_checkpoint, read_checkpoint_info
+from roadfuse_core.settings import City
 
 __all__ = [
     "KdeModel",
@@ -29,6 +30,7 @@ __all__ = [
     "Predictor",
     "PredictorFacts",
     "PredictorRef",
+    "choose_weights",
     "device_name",
     "load_predictor",
     "normalise_image",
@@ -37,7 +39,7 @@ __all__ = [
     "resolve_weights",
 ]
 
-SHIPPED = {"default": "fused.safetensors", "kde": "kde.json"}
+SHIPPED = {"fused": "fused.safetensors", "gps": "gps.safetensors", "kde": "kde.json"}
 Precision = Literal["32", "bf16"]
 
 
@@ -273,6 +275,14 @@ def normalise_image(rgb: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray
     return np.where(valid, (rgb.astype(np.float32) / 255 - 0.5) / 0.25, 0).astype(np.float32)
 
 
+def choose_weights(city: City, weights: str | None = None) -> str:
+    """`model.weights`, or what stands instead of it; `default` is the shipped network for what the city has."""
+    name = weights or city.model.weights
+    if name != "default":
+        return name
+    return "gps" if city.imagery is None else "fused"
+
+
 def resolve_weights(weights: str, root: Path) -> PredictorRef:
     """The file behind `model.weights`: a shipped name, or a path relative to the city file.
 
@@ -285,7 +295,7 @@ def resolve_weights(weights: str, root: Path) -> PredictorRef:
         path = (root / weights).resolve()
     if not path.is_file():
         raise ConfigError(
-            "model.weights", weights, "is neither a shipped name nor a file", f"use {', '.join(SHIPPED)} or a path"
+            "model.weights", weights, "is neither a shipped name nor a file", f"use default, {', '.join(SHIPPED)} or a path"
         )
     if path.suffix == ".safetensors":
         read_checkpoint_info(path)

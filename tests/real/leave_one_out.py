@@ -17,7 +17,7 @@ from roadfuse_core.metrics import score_city, tune_kde
 from roadfuse_core.settings import City, ClusterSpec, load_city
 from roadfuse_core.training import load_recipe, train
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("ROADFUSE_DATA", HERE.parents[2] / "shared/data")).resolve()
 CITIES = ("athens-small", "athens-large", "chicago")
 OTHER = {"athens-small": "chicago", "athens-large": "chicago", "chicago": "athens-large"}
@@ -33,7 +33,12 @@ optimiser: {{lr: 0.0005}}
 
 def lay(out: Path, name: str) -> City:
     """The city of this folder with its workspace in OUT, ingested."""
-    text = (HERE / f"{name}.yaml").read_text().replace("../../../shared/data", str(DATA)).replace("work/", "")
+    text = (
+        (HERE / f"{name}.yaml")
+        .read_text()
+        .replace("workspace: work/", "workspace: ")
+        .replace("../../../shared/data", str(DATA))
+    )
     path = out / f"{name}.yaml"
     path.write_text(text)
     city = load_city(path)
