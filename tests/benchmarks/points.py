@@ -164,7 +164,8 @@ def run_backfill(city: City, client, workspace: Path) -> tuple[float, float]:
 def main(points: int = 20_000_000, runs: int = 5, data: Path | None = None, only: str = "") -> None:
     """Print a table of medians and of medians of paired ratios."""
     with tempfile.TemporaryDirectory() as made:
-        measure(make_data(data or Path(made), points), points, runs, only)
+        city = make_data(data or Path(made), points)
+        measure(city, sum(pq.ParquetFile(f).metadata.num_rows for f in files(city)), runs, only)  # DIR may hold others
 
 
 def measure(city: City, points: int, runs: int, only: str) -> None:
