@@ -1,6 +1,7 @@
 """Where work runs: what is counted, and who may connect."""
 
 import os
+from pathlib import Path
 
 import psutil
 
@@ -28,6 +29,12 @@ def test_workers_keep_the_memory_that_they_use_again_and_again(monkeypatch):
     # What an operator sets counts more; what Dask sets otherwise stays.
     kept = str(ALLOCATOR["MALLOC_TRIM_THRESHOLD_"])
     assert found == {"MALLOC_TRIM_THRESHOLD_": kept, "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+
+
+def test_images_keep_memory_as_local_workers_do():
+    for path in (Path(__file__).parents[2] / "infra/docker").glob("Dockerfile*"):
+        stated = " ".join(f"{k}={v}" for k, v in ALLOCATOR.items())
+        assert f"ENV {stated}\n" in path.read_text(), path
 
 
 def double(n: int) -> int:
