@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 LedgerEntry = dict[str, Any]
-ROWS_PER_SLICE = 4_000_000  # so few that ten million points need about as much memory as a billion
+ROWS_PER_SLICE = 4_000_000  # more would let memory grow with the points
 # Jobs for each worker, so that none waits long for the last; fewer rows than the least are not worth a job.
 JOBS_PER_WORKER = 4
 LEAST_ROWS_PER_SLICE = 250_000

@@ -179,14 +179,15 @@ class _Adder:
         self.written.add(tile)
         runs.sort(key=lambda run: run.period)
         periods = [(p, list(group)) for p, group in groupby(runs, key=lambda run: run.period)]
-        made: dict[str, dict[tuple[str, tuple[int, ...]], bytes]] = {}
+        counted: dict[tuple[str, tuple[int, ...]], bytes] = {}
         for name in self.job.arrays:
             # Encoding takes longer than all adding: where every sample has a quantity, its count is the count.
-            if self.fresh and name.endswith("_count") and "count" in made and all(_equals_count(run, name) for run in runs):
-                for (kind, where), encoded in made["count"].items():
+            if self.fresh and name.endswith("_count") and counted and all(_equals_count(run, name) for run in runs):
+                for (kind, where), encoded in counted.items():
                     self.chunks.write_encoded(f"{kind}/{name}", where, encoded)
-            else:
-                made[name] = self._add_array(name, place, runs, periods)
+                continue
+            stored = self._add_array(name, place, runs, periods)
+            counted = stored if name == "count" else counted
 
     def _add_array(
         self, name: str, place: tuple[int, int], runs: list[_Run], periods: list[tuple[int, list[_Run]]]
