@@ -125,16 +125,19 @@ def write_tables() -> None:
 def train_all(out: Path, experiments: list[str], seeds: list[int], workers: int) -> None:
     """Every run that has no row yet, some at a time."""
     console = Console(stderr=True)
+    wanted: dict[str, dict[str, None]] = {}
+    for name in experiments:
+        for stem in EXPERIMENTS[name].recipes:
+            wanted.setdefault(stem, {}).update(dict.fromkeys(EXPERIMENTS[name].networks))
     with open_cluster(ClusterSpec(workers=workers, memory_gib=6)) as client:
-        for name in experiments:
-            for stem in EXPERIMENTS[name].recipes:
-                for row in ROWS.glob("*.json"):
-                    write_whole(out / stem / "runs" / row.stem / "row.json", row.read_text())
-                recipe = out / f"{stem}.yaml"
-                write_whole(recipe, recipe_file(stem).read_text())
-                vary = {"seed": seeds, "network.preset": list(EXPERIMENTS[name].networks)}
-                made = compare(recipe, vary, out / stem, client, lambda what, k, n: console.print(f"{what}: {k} of {n}"))
-                console.print(made.table)
+        for stem, networks in wanted.items():
+            for row in ROWS.glob("*.json"):
+                write_whole(out / stem / "runs" / row.stem / "row.json", row.read_text())
+            recipe = out / f"{stem}.yaml"
+            write_whole(recipe, recipe_file(stem).read_text())
+            vary = {"seed": seeds, "network.preset": list(networks)}
+            made = compare(recipe, vary, out / stem, client, lambda what, k, n: console.print(f"{what}: {k} of {n}"))
+            console.print(made.table)
 
 
 def main() -> None:
