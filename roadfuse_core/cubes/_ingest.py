@@ -13,6 +13,7 @@ from pathlib import Path
 
 import icechunk
 import numpy as np
+import pyarrow.parquet as pq
 import zarr
 from dask.distributed import Client
 from numpy.typing import NDArray
@@ -42,6 +43,7 @@ from roadfuse_core.points import (
     map_slice,
     needs_vehicles,
     read_report,
+    read_runs,
     shuffle_slice,
 )
 from roadfuse_core.settings import City, PointsSpec
@@ -105,7 +107,7 @@ def ingest(
 def _digest(spec: PointsSpec, grid: Grid, rows_per_slice: int) -> str:
     """Names the settings that decide a shard's content, so that shards of other settings are never reused."""
     settings = spec.model_dump(mode="json", exclude={"sources"})
-    text = json.dumps([settings, grid.__dict__, rows_per_slice], sort_keys=True)
+    text = json.dumps(["samples", settings, grid.__dict__, rows_per_slice], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
@@ -130,7 +132,7 @@ def _outgoing(city: City, dump: str) -> list[SliceReport]:
 
     Raises:
         ConfigError: There is no such dump.
-        StoreError: Its shards are gone.
+        StoreError: Its shards are gone, or of a form that can no longer be read.
     """
     entries = ledger(city)
     if dump not in entries:
@@ -139,6 +141,9 @@ def _outgoing(city: City, dump: str) -> list[SliceReport]:
     reports = [read_report(p) for p in sorted(folder.glob("shard-*.json"))]
     if sum(r.rows for r in reports) != entries[dump]["rows"]:
         raise StoreError(f"{folder}: the dump's contributions are no longer kept; build the cube anew in another workspace")
+    for path in (s for r in reports for s in r.shards[:1]):
+        with pq.ParquetFile(path) as shard:
+            read_runs(shard)
     return [dataclasses.replace(r, sign=-1) for r in reports]
 
 

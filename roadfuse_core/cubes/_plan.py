@@ -27,6 +27,7 @@ from roadfuse_core.points import (
     SourceFile,
     arrays_of,
     check_columns,
+    columns_of,
     find_sources,
     identify,
     judge_rows,
@@ -168,12 +169,11 @@ def rows_per_slice(city: City, rows: int) -> int:
         ConfigError: Not even the smallest job fits, or a block of tiles does not.
     """
     spec, px = points_of(city), city.grid.tile_px
-    arrays, limit = arrays_of(spec), worker_memory(city)
-    row = 12 + sum(4 if n.endswith("count") else 8 for n in arrays)
-    # A row of the map: as collected and as partitioned, and its place in the sums; with vehicles also as read and sorted.
-    a_row = 42 + row + (170 if needs_vehicles(spec) else 0)
-    # The reduce: the rows of a tile, a row group of every open shard, and four dense tiles.
-    reduce = (TILE_ROWS + OPEN_SHARDS * ROW_GROUP) * row + 24 * px**2
+    sample, limit = 4 * len(columns_of(spec)), worker_memory(city)
+    # A row of the map: as collected and as sorted, with tile and period, and its target; with vehicles also as read and sorted.
+    a_row = 2 * (sample + 8) + 16 + (170 if needs_vehicles(spec) else 0)
+    # The reduce: the samples of a tile, two row groups of every open shard, and four dense tiles.
+    reduce = (TILE_ROWS + 2 * OPEN_SHARDS * ROW_GROUP) * sample + 24 * px**2
     need = BASE_BYTES + max(DUCKDB_BYTES // 2 + LEAST_ROWS_PER_SLICE * a_row, reduce)
     if need > limit:
         raise ConfigError(
@@ -272,13 +272,13 @@ def forecast(city: City, plan: IngestPlan) -> Forecast:
             sampled += len(rows.x)
             placed = judge_rows(rows, spec.clean, grid, projection)
             collector.add(rows, placed, np.full(len(rows.x), np.nan))
-    kept, sums = collector.held, collector.sums()
+    kept, runs = collector.held, collector.samples().runs
     seconds = plan.rows * (time.perf_counter() - began) / max(1, sampled) / count_workers(city.cluster)
     latest = next(reversed(ledger(city).values()), None)
     if latest:
         seconds = plan.rows * latest["seconds"] / max(1, latest["rows"])
-    tiles = len(np.unique(sums.tile))
-    periods = int(sums.period.max() - sums.period.min()) + 1 if kept else 0
+    tiles = len(np.unique(runs[:, 0]))
+    periods = int(np.ptp(runs[:, 1])) + 1 if kept else 0
     share = kept / max(1, sampled)
     return Forecast(sampled, share, tiles, periods, plan.rows * share / max(1, tiles * periods),
                     tiles * (periods + 1) * len(arrays_of(spec)), seconds)  # fmt: skip

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from roadfuse_core.cubes._chunks import Chunks
 from roadfuse_core.errors import StoreError
 from roadfuse_core.grid import Grid
+from roadfuse_core.points import ADDENDS, addend_table, read_runs
 
 __all__ = ["BlockJob", "Shard", "add_block", "owned_blocks"]
 
-BLOCK_TILES = 64
+BLOCK_TILES = 32
 # Most rows of one tile that are held at a time, and most shards that are open at a time.
 TILE_ROWS = 4_000_000
 OPEN_SHARDS = 256
@@ -66,7 +67,7 @@ class BlockJob:
 
 
 def owned_blocks(tiles: Iterable[int]) -> list[tuple[int, ...]]:
-    """Touched tiles cut into runs of at most 64 neighbours in tile order; every tile has exactly one owner.
+    """Touched tiles cut into runs of at most 32 neighbours in tile order; every tile has exactly one owner.
 
     Raises:
         ValueError: A tile is named twice, so that it would have two owners.
@@ -81,8 +82,8 @@ def add_block(job: BlockJob) -> Any:
     """Add what the shards hold for a block's tiles to their chunks.
 
     Shards are sorted by tile: all of them are read side by side, tile by tile, each row group once, so that memory
-    grows neither with the points nor with the shards. Chunks without a point are not written, so that the diff of two
-    snapshots names the changed tiles and no others.
+    grows neither with the points nor with the shards; a sample goes straight to its pixel. Chunks without a point are
+    not written, so that the diff of two snapshots names the changed tiles and no others.
 
     Returns:
         The forked session, for merging.
@@ -103,26 +104,28 @@ def add_block(job: BlockJob) -> Any:
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows [start, stop) of some columns, all of one tile and period."""
+    """Samples [start, stop) of some columns, all of one tile and period."""
 
-    tile: int
     period: int
     start: int
     stop: int
     sign: int
-    pixel: NDArray[np.int32]
-    values: dict[str, NDArray[Any]]
+    columns: dict[str, NDArray[np.int32]]
 
 
 class _Cursor:
-    """Walks through a shard in tile order; of its row groups, those that can hold the block's tiles are decoded."""
+    """Walks through a shard in tile order; of its row groups, those that hold the block's tiles are decoded."""
 
     def __init__(self, shard: Shard, job: BlockJob) -> None:
-        self.sign, self.names = shard.sign, ["tile", "period", "pixel", *job.arrays]
+        self.sign = shard.sign
+        self.names = sorted({"pixel"} | {ADDENDS[name][0] for name in job.arrays})
         self.file = pq.ParquetFile(shard.path)
-        bounds = (self.file.metadata.row_group(g).column(0).statistics for g in range(self.file.num_row_groups))
-        self.groups = deque(g for g, s in enumerate(bounds) if s.min <= job.tiles[-1] and s.max >= job.tiles[0])
-        self.runs: deque[_Run] = deque()
+        runs = read_runs(self.file)
+        stops = np.cumsum(runs[:, 2])
+        mine = slice(*np.searchsorted(runs[:, 0], [job.tiles[0], job.tiles[-1] + 1]))
+        self.runs = deque(np.column_stack([runs[:, :2], stops - runs[:, 2], stops])[mine].tolist())
+        self.group_rows = self.file.metadata.row_group(0).num_rows
+        self.group, self.columns = -1, dict[str, NDArray[np.int32]]()
 
     def __enter__(self) -> _Cursor:
         return self
@@ -131,24 +134,20 @@ class _Cursor:
         self.file.close()
 
     def take(self, tile: int) -> Iterator[_Run]:
-        """The runs of a tile; earlier tiles are passed over."""
-        while self.runs or self.groups:
-            while self.runs and self.runs[0].tile <= tile:
-                run = self.runs.popleft()
-                if run.tile == tile:
-                    yield run
-            if self.runs:
-                return
-            if self.groups:
-                self._decode(self.groups.popleft())
+        """The runs of a tile, in pieces where they go over several row groups; earlier tiles are passed over."""
+        while self.runs and self.runs[0][0] <= tile:
+            number, period, start, stop = self.runs.popleft()
+            while number == tile and start < stop:
+                group, first = divmod(start, self.group_rows)
+                last = min(first + stop - start, self.group_rows)
+                yield _Run(period, first, last, self.sign, self._decoded(group))
+                start += last - first
 
-    def _decode(self, group: int) -> None:
-        table = self.file.read_row_group(group, columns=self.names, use_threads=False)
-        columns = {n: table[n].chunk(0).to_numpy() for n in self.names}
-        tile, period = columns.pop("tile"), columns.pop("period")
-        pixel, starts = columns.pop("pixel"), _starts(tile, period).tolist()
-        for a, b in zip(starts, [*starts[1:], len(tile)], strict=True):
-            self.runs.append(_Run(int(tile[a]), int(period[a]), a, b, self.sign, pixel, columns))
+    def _decoded(self, group: int) -> dict[str, NDArray[np.int32]]:
+        if group != self.group:
+            table = self.file.read_row_group(group, columns=self.names, use_threads=False)
+            self.group, self.columns = group, {n: table[n].chunk(0).to_numpy() for n in self.names}
+        return self.columns
 
 
 class _Adder:
@@ -158,6 +157,7 @@ class _Adder:
         self.chunks, self.job, self.fresh, self.written = chunks, job, job.fresh, set[int]()
         pixels = job.grid.tile_px**2
         self.dense = {np.dtype(t): (np.zeros(pixels, t), np.zeros(pixels, t)) for t in (np.uint32, np.int64)}
+        self.tables = {what: addend_table(what) for _, what in ADDENDS.values()}
 
     def add(self, tile: int, runs: Iterable[_Run]) -> None:
         """Add runs to the period chunks and the total of their tile; many of them in several steps."""
@@ -225,43 +225,40 @@ class _Adder:
             The encoded chunk; None where there is none.
         """
         encoded = None
-        limits = np.iinfo(dense.dtype)
+        limits, (column, what) = np.iinfo(dense.dtype), ADDENDS[name]
+        table = self.tables[what]
         for run in runs:
-            values = run.values[name]
-            if not _add(dense, run.pixel, values, run.start, run.stop, run.sign, int(limits.min), int(limits.max)):
+            of = slice(run.start, run.stop)
+            pixel, values = run.columns["pixel"][of], run.columns[column][of]
+            if not _add(dense, pixel, values, what != "one", table, run.sign, int(limits.min), int(limits.max)):
                 raise StoreError(f"{path}: a pixel's sum leaves {dense.dtype}; use a shorter period, or build the cube anew")
-        if any(_some(dense, run.pixel, run.start, run.stop) for run in runs) or (held and dense.any()):
+        if any(_some(dense, run.columns["pixel"], run.start, run.stop) for run in runs) or (held and dense.any()):
             encoded = self.chunks.write(path, place, dense)
         elif held:
             self.chunks.remove(path, place)
         if held:
             dense[:] = 0
         for run in runs:
-            _clear(dense, run.pixel, run.start, run.stop)
+            _clear(dense, run.columns["pixel"], run.start, run.stop)
         return encoded
 
 
 def _equals_count(run: _Run, name: str) -> bool:
-    of = slice(run.start, run.stop)
-    return np.array_equal(run.values[name][of], run.values["count"][of])
+    """Whether every sample has the quantity that is counted."""
+    return bool(run.columns[ADDENDS[name][0]][run.start : run.stop].min() >= 0)
 
 
 @njit(cache=True, nogil=True)
-def _starts(tile, period):
-    out = np.empty(len(tile), np.int64)
-    n = 0
-    for k in range(len(tile)):
-        if k == 0 or tile[k] != tile[k - 1] or period[k] != period[k - 1]:
-            out[n] = k
-            n += 1
-    return out[:n].copy()
-
-
-@njit(cache=True, nogil=True)
-def _add(dense, pixel, values, start, stop, sign, low, high):
-    """Add values to pixels; False where a sum leaves the limits."""
-    for k in range(start, stop):
-        new = np.int64(dense[pixel[k]]) + sign * np.int64(values[k])
+def _add(dense, pixel, values, summed, table, sign, low, high):
+    """Add known values, or what a table holds for them, or ones, to pixels; False where a sum leaves the limits."""
+    for k in range(len(pixel)):
+        value = np.int64(values[k])
+        if value < 0:
+            continue
+        amount = np.int64(1)
+        if summed:
+            amount = table[value] if len(table) else value
+        new = np.int64(dense[pixel[k]]) + sign * amount
         if new < low or new > high:
             return False
         dense[pixel[k]] = new

@@ -1,8 +1,9 @@
-"""Trajectories: found, read by DuckDB, cleaned, placed on the grid and added up in shards."""
+"""Trajectories: found, read by DuckDB, cleaned, placed on the grid and sorted into shards."""
 
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import from_wgs84, shift_datum, to_wgs84
 from roadfuse_core.points._read import DUCKDB_BYTES, METRES_PER_SECOND, Part, Rows, read_batches, read_rows, time_span
+from roadfuse_core.points._samples import ADDENDS, Collector, Samples, addend_table, arrays_of, columns_of, period_of
 from roadfuse_core.points._shard import (
     ROW_GROUP,
     Shuffle,
@@ -11,6 +12,7 @@ from roadfuse_core.points._shard import (
     map_slice,
     needs_vehicles,
     read_report,
+    read_runs,
     shuffle_slice,
 )
 from roadfuse_core.points._sources import (
@@ -22,27 +24,29 @@ from roadfuse_core.points._sources import (
     materialise,
     single_precision_step,
 )
-from roadfuse_core.points._sums import Collector, PixelSums, arrays_of, period_of
 from roadfuse_core.points._units import SpeedBreak, SpeedRatios, find_speed_break
 
 __all__ = [
+    "ADDENDS",
     "DUCKDB_BYTES",
     "METRES_PER_SECOND",
     "ROW_GROUP",
     "Collector",
     "Part",
-    "PixelSums",
     "Placed",
     "Reason",
     "Rows",
+    "Samples",
     "Shuffle",
     "Slice",
     "SliceReport",
     "SourceFile",
     "SpeedBreak",
     "SpeedRatios",
+    "addend_table",
     "arrays_of",
     "check_columns",
+    "columns_of",
     "empty_files",
     "find_sources",
     "find_speed_break",
@@ -57,6 +61,7 @@ __all__ = [
     "read_batches",
     "read_report",
     "read_rows",
+    "read_runs",
     "shift_datum",
     "shuffle_slice",
     "single_precision_step",

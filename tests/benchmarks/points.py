@@ -13,6 +13,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numba import njit
 
@@ -20,12 +21,14 @@ from roadfuse_core.cluster import open_cluster
 from roadfuse_core.cubes import ingest
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.grid._projection import horner
+from roadfuse_core.points import Collector, Part, judge_rows, read_batches
 from roadfuse_core.settings import City, ClusterSpec, ColumnSpec, load_city
 from roadfuse_core.simulate import CityKnobs
 from roadfuse_core.simulate._landscape import Landscape
 from roadfuse_core.simulate._write import SimulatedCity, _write_city_file, _write_dump
 
 ROWS_A_DAY = 5_000_000
+SLICE_ROWS = 2_500_000
 
 
 def knobs(points: int) -> CityKnobs:
@@ -161,6 +164,43 @@ def run_backfill(city: City, client, workspace: Path) -> tuple[float, float]:
     return middle - began, time.perf_counter() - middle
 
 
+def place_some(city: City, scratch: Path) -> Collector:
+    """The kept rows of one slice, as the map collects them."""
+    c, grid = variant(city, "five", scratch), city.make_grid()
+    spec, projection = c.points.model_copy(update={"sources": ("-",)}), fit_projection(grid)
+    collector = Collector(spec, grid, SLICE_ROWS)
+    for rows in read_batches(spec, Part((files(city)[0],), rows=(0, SLICE_ROWS)), False, scratch / "spill"):
+        collector.add(rows, judge_rows(rows, spec.clean, grid, projection), rows.interval)
+    return collector
+
+
+def run_loops(city: City) -> None:
+    """What it takes to bring the rows of one slice together: added up by DuckDB, by a sort in NumPy, or not added up."""
+    with tempfile.TemporaryDirectory() as scratch, duckdb.connect() as connection:
+        collector = place_some(city, Path(scratch))
+        n, px = collector.held, city.grid.tile_px
+        columns = {k: v[:n].copy() for k, v in collector.columns.items()}
+        key = collector.tile[:n].astype(np.int64) * px**2 + columns.pop("pixel")
+        began = time.perf_counter()
+        samples = collector.samples()
+        ours = time.perf_counter() - began
+        connection.execute("SET threads = 1")
+        connection.register("rows", pa.table({"key": key} | columns))
+        began = time.perf_counter()
+        sums = ", ".join(f"sum({k})" for k in columns)
+        left = connection.sql(f"SELECT key, count(*), {sums} FROM rows GROUP BY key ORDER BY key").to_arrow_table().num_rows
+        by_duckdb = time.perf_counter() - began
+    began = time.perf_counter()
+    order = np.argsort(key)
+    starts = np.flatnonzero(np.r_[True, np.diff(key[order]) > 0])
+    _ = [np.add.reduceat(v[order].astype(np.int64), starts) for v in columns.values()]
+    by_sort = time.perf_counter() - began
+    assert left == len(starts)
+    print(f"inner loops, one slice of {n:,} kept rows in {len(samples.runs):,} runs, on {left:,} pixels")
+    print(f"  GROUP BY in DuckDB / two counting sorts      {by_duckdb / ours:.1f}")
+    print(f"  sort and sums in NumPy / two counting sorts  {by_sort / ours:.1f}")
+
+
 def main(points: int = 20_000_000, runs: int = 5, data: Path | None = None, only: str = "") -> None:
     """Print a table of medians and of medians of paired ratios."""
     with tempfile.TemporaryDirectory() as made:
@@ -170,6 +210,10 @@ def main(points: int = 20_000_000, runs: int = 5, data: Path | None = None, only
 
 def measure(city: City, points: int, runs: int, only: str) -> None:
     """The runs; the memory is that of workers which did nothing but a count-only ingest and a backfill."""
+    if not only or "loops" in only.split(","):
+        run_loops(city)
+    if only == "loops":
+        return
     with tempfile.TemporaryDirectory() as scratch, open_cluster(ClusterSpec(workers=2)) as client:
         taken: dict[str, list[float]] = {}
         steps = {"scan 3": lambda: run_scan(city, ("time",)),
@@ -181,7 +225,7 @@ def measure(city: City, points: int, runs: int, only: str) -> None:
                 if only and name not in only.split(","):
                     continue
                 seconds = step()
-                if run:  # the first round warms caches and compilers
+                if run or not runs:  # the first round warms caches and compilers
                     taken.setdefault(name, []).append(seconds)
         workspace = fresh(Path(scratch))
         run_ingest(city, "count", client, workspace)
@@ -199,7 +243,7 @@ def show(points: int, runs: int, taken: dict[str, list[float]], disk: float) -> 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(taken[a], taken[b], strict=True))
 
-    print(f"points, {points:,} road-like rows, 2 workers, medians of {runs} paired runs after one to warm up")
+    print(f"points, {points:,} road-like rows, 2 workers, medians of {max(1, runs)} paired runs after {min(1, runs)} to warm up")
     for name, seconds in taken.items():
         print(f"  {name:<11} {statistics.median(seconds):7.2f} s  {points / statistics.median(seconds) / 1e6:7.2f} M rows/s")
     for what, a, b, target in (
@@ -217,8 +261,8 @@ def show(points: int, runs: int, taken: dict[str, list[float]], disk: float) -> 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=float, default=2e7)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="after one to warm up; 0 for one that is cold")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--only", default="", help="scan 3,scan 6,datashader,count,five,rules")
+    parser.add_argument("--only", default="", help="loops,scan 3,scan 6,datashader,count,five,rules")
     arguments = parser.parse_args()
     main(int(arguments.points), arguments.runs, arguments.data, arguments.only)

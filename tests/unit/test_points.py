@@ -19,9 +19,9 @@ from roadfuse_core.points import (
     METRES_PER_SECOND,
     Collector,
     Part,
-    PixelSums,
     Reason,
     Rows,
+    Samples,
     Shuffle,
     Slice,
     SpeedRatios,
@@ -33,6 +33,7 @@ from roadfuse_core.points import (
     map_slice,
     period_of,
     read_batches,
+    read_runs,
     shuffle_slice,
     to_wgs84,
 )
@@ -74,41 +75,60 @@ def judged(rows):
     return judge_rows(rows, SPEC.clean, GRID, fit_projection(GRID))
 
 
-def add_up(rows, capacity=1000):
-    """Sums of rows, and the places that judging gave them."""
+def sample(rows, capacity=1000):
+    """Samples of rows, by the places that judging gave them."""
     collector, placed = Collector(SPEC, GRID, capacity), judged(rows)
     collector.add(rows, placed, rows.interval)
-    return collector.sums()
+    return collector.samples()
 
 
 def map_part(spec, part, path, capacity=1_000_000):
     return map_slice(Slice(spec, GRID, part, str(path), capacity))
 
 
+def samples_of(shard):
+    with pq.ParquetFile(shard) as file:
+        return Samples(read_runs(file), {k: v.to_numpy() for k, v in zip(file.schema_arrow.names, file.read().columns)})
+
+
 def totals(parts):
-    """Sums by (tile, period, pixel) over parts, each in memory or on disk with its report."""
+    """Sums by (tile, period, pixel) over parts, each in memory or on disk with its report; the reference of the reduce."""
     out = {}
     for part in parts:
-        for sums in [part] if isinstance(part, PixelSums) else map(pq.read_table, part.shards):
-            if not isinstance(sums, PixelSums):
-                columns = {n: sums[n].to_numpy() for n in sums.column_names}
-                sums = PixelSums(*(columns.pop(n) for n in ("tile", "period", "pixel")), columns)
-            places = list(zip(sums.tile.tolist(), sums.period.tolist(), sums.pixel.tolist(), strict=True))
+        for samples in [part] if isinstance(part, Samples) else map(samples_of, part.shards):
+            places = [(t, p) for t, p, _ in samples.runs.tolist()]
             assert places == sorted(set(places))
-            for k, place in enumerate(places):
-                out[place] = {n: out.get(place, {}).get(n, 0) + int(v[k]) for n, v in sums.arrays.items()}
+            assert samples.runs[:, 2].sum() == len(samples.columns["pixel"])
+            owners = [place for place, n in zip(places, samples.runs[:, 2]) for _ in range(n)]
+            for k, owner in enumerate(owners):
+                add_sample(out, owner, {n: int(v[k]) for n, v in samples.columns.items()})
     return out
+
+
+def add_sample(out, owner, sample):
+    names = ("count", "speed_sum", "speed_count", "sin_sum", "cos_sum", "bearing_count", "interval_sum", "interval_count")
+    e = out.setdefault((*owner, sample["pixel"]), dict.fromkeys(names, 0))
+    e["count"] += 1
+    for name in ("speed", "interval"):
+        if sample.get(name, -1) >= 0:
+            e[f"{name}_sum"] += sample[name]
+            e[f"{name}_count"] += 1
+    if sample.get("bearing", -1) >= 0:
+        angle = np.radians(sample["bearing"] / 100)
+        e["sin_sum"] += round(np.sin(angle) * 10_000)
+        e["cos_sum"] += round(np.cos(angle) * 10_000)
+        e["bearing_count"] += 1
 
 
 @given(st.integers(0, 500), st.lists(st.integers(0, 3), min_size=200, max_size=200))
 @settings(max_examples=25)
 def test_row_local_sums_are_the_same_for_any_split(seed, owner):
     rows = make_rows(seed)
-    whole = add_up(rows)
+    whole = sample(rows)
     parts = []
     for k in range(4):
         part = take(rows, np.flatnonzero(np.array(owner) == k))
-        parts.append(add_up(part))
+        parts.append(sample(part))
     assert totals(parts) == totals([whole])
 
 
@@ -117,9 +137,24 @@ def test_row_local_sums_are_the_same_for_any_split(seed, owner):
 def test_rows_read_are_kept_or_rejected_and_kept_are_counted(seed):
     rows = make_rows(seed)
     placed = judged(rows)
-    table = add_up(rows)
+    table = sample(rows)
     assert np.bincount(placed.reason).sum() == len(rows.x)
-    assert table.arrays["count"].sum() == (placed.reason == Reason.KEPT).sum()
+    assert table.runs[:, 2].sum() == len(table.columns["pixel"]) == (placed.reason == Reason.KEPT).sum()
+
+
+def test_samples_keep_the_order_in_which_they_came():
+    """Within a tile and period, and for periods far apart."""
+    rows = make_rows(3)
+    rows.time_us[::3] -= 40_000_000_000_000_000
+    got, p = sample(rows), fit_projection(GRID)
+    col, row = (np.floor(v) for v in p.pixels(rows.x, rows.y))
+    kept = np.flatnonzero(judged(rows).reason == Reason.KEPT)
+    key = np.stack([row // 64 * 4 + col // 64, period_of(rows.time_us, "month"), np.arange(len(row))])[:, kept]
+    order = kept[np.lexsort(key[::-1])]
+    assert len(set(key[1])) > 5
+    assert got.columns["pixel"].tolist() == (row % 64 * 64 + col % 64)[order].astype(int).tolist()
+    speed = np.nan_to_num(np.rint(rows.speed[order] * 1000), nan=-1)
+    assert got.columns["speed"].tolist() == speed.astype(int).tolist()
 
 
 def test_sums_equal_a_plain_loop():
@@ -151,7 +186,7 @@ def test_sums_equal_a_plain_loop():
         if np.isfinite(rows.interval[k]):
             e["interval_sum"] += round(rows.interval[k] * 1000)
             e["interval_count"] += 1
-    assert totals([add_up(rows)]) == expected
+    assert totals([sample(rows)]) == expected
 
 
 def one(x=None, y=None, t=1.6e15, speed=10.0):
@@ -451,9 +486,9 @@ def test_a_dump_in_gcj02_falls_where_the_same_dump_in_wgs84_does(tmp_path):
         report = map_slice(
             Slice(spec, grid, Part((str(tmp_path / f"{datum}.parquet"),)), str(tmp_path / f"s-{datum}.json"), 1000)
         )
-        sums.append(pq.read_table(report.shards[0]).to_pydict())
+        sums.append(totals([report]))
     assert sums[0] == sums[1] == sums[2]
-    assert sum(sums[0]["count"]) == 500
+    assert sum(e["count"] for e in sums[0].values()) == 500
 
 
 @pytest.mark.parametrize("unit", METRES_PER_SECOND)
