@@ -13,7 +13,6 @@ from pathlib import Path
 
 import icechunk
 import numpy as np
-import pyarrow.parquet as pq
 import zarr
 from dask.distributed import Client
 from numpy.typing import NDArray
@@ -35,6 +34,7 @@ from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.grid import Grid, TileIndex
 from roadfuse_core.points import (
     Part,
+    ShardFile,
     Shuffle,
     Slice,
     SliceReport,
@@ -43,7 +43,6 @@ from roadfuse_core.points import (
     map_slice,
     needs_vehicles,
     read_report,
-    read_runs,
     shuffle_slice,
 )
 from roadfuse_core.settings import City, PointsSpec
@@ -142,8 +141,7 @@ def _outgoing(city: City, dump: str) -> list[SliceReport]:
     if sum(r.rows for r in reports) != entries[dump]["rows"]:
         raise StoreError(f"{folder}: the dump's contributions are no longer kept; build the cube anew in another workspace")
     for path in (s for r in reports for s in r.shards[:1]):
-        with pq.ParquetFile(path) as shard:
-            read_runs(shard)
+        ShardFile(Path(path))
     return [dataclasses.replace(r, sign=-1) for r in reports]
 
 

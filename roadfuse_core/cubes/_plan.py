@@ -15,13 +15,12 @@ import numpy as np
 from distributed.system import MEMORY_LIMIT
 
 from roadfuse_core.cluster import count_workers
-from roadfuse_core.cubes._reduce import OPEN_SHARDS, TILE_ROWS
+from roadfuse_core.cubes._reduce import TILE_ROWS
 from roadfuse_core.cubes._repository import FORMAT, MAIN, open_repository, read_group
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.points import (
     DUCKDB_BYTES,
-    ROW_GROUP,
     Collector,
     Part,
     SourceFile,
@@ -172,8 +171,8 @@ def rows_per_slice(city: City, rows: int) -> int:
     sample, limit = 4 * len(columns_of(spec)), worker_memory(city)
     # A row of the map: as collected and as sorted, with tile and period, and its target; with vehicles also as read and sorted.
     a_row = 2 * (sample + 8) + 16 + (170 if needs_vehicles(spec) else 0)
-    # The reduce: the samples of a tile, two row groups of every open shard, and four dense tiles.
-    reduce = (TILE_ROWS + 2 * OPEN_SHARDS * ROW_GROUP) * sample + 24 * px**2
+    # The reduce: the samples of a tile, those of one more shard, packed and unpacked, and four dense tiles.
+    reduce = (TILE_ROWS + 2 * LEAST_ROWS_PER_SLICE) * sample + 24 * px**2
     need = BASE_BYTES + max(DUCKDB_BYTES // 2 + LEAST_ROWS_PER_SLICE * a_row, reduce)
     if need > limit:
         raise ConfigError(

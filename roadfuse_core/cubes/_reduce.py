@@ -6,15 +6,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import zarr
 from numba import njit
 from numpy.typing import NDArray
@@ -22,14 +20,13 @@ from numpy.typing import NDArray
 from roadfuse_core.cubes._chunks import Chunks
 from roadfuse_core.errors import StoreError
 from roadfuse_core.grid import Grid
-from roadfuse_core.points import ADDENDS, addend_table, read_runs
+from roadfuse_core.points import ADDENDS, Samples, ShardFile, addend_table
 
 __all__ = ["BlockJob", "Shard", "add_block", "owned_blocks"]
 
 BLOCK_TILES = 32
-# Most rows of one tile that are held at a time, and most shards that are open at a time.
+# Most rows of one tile that are held at a time, but for the last shard's.
 TILE_ROWS = 4_000_000
-OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,9 @@ def owned_blocks(tiles: Iterable[int]) -> list[tuple[int, ...]]:
 def add_block(job: BlockJob) -> Any:
     """Add what the shards hold for a block's tiles to their chunks.
 
-    Shards are sorted by tile: all of them are read side by side, tile by tile, each row group once, so that memory
-    grows neither with the points nor with the shards; a sample goes straight to its pixel. Chunks without a point are
-    not written, so that the diff of two snapshots names the changed tiles and no others.
+    All shards are read tile by tile, so that memory grows neither with the points nor with the shards, and a sample goes
+    straight to its pixel. Chunks without a point are not written, so that the diff of two snapshots names the changed
+    tiles and no others.
 
     Returns:
         The forked session, for merging.
@@ -92,62 +89,28 @@ def add_block(job: BlockJob) -> Any:
         StoreError: A sum leaves the range of its array.
     """
     chunks = Chunks(job.session.store, zarr.open_group(job.session.store))
-    adder = _Adder(chunks, job)
-    for k in range(0, len(job.shards), OPEN_SHARDS):
-        with ExitStack() as stack:
-            cursors = [stack.enter_context(_Cursor(shard, job)) for shard in job.shards[k : k + OPEN_SHARDS]]
-            for tile in job.tiles:
-                adder.add(tile, (run for cursor in cursors for run in cursor.take(tile)))
+    adder, wanted = _Adder(chunks, job), (job.tiles[0], job.tiles[-1])
+    files = [(ShardFile(Path(shard.path), wanted), shard.sign) for shard in job.shards]
+    for tile in job.tiles:
+        adder.add(tile, (run for file, sign in files for run in _runs(file.samples(tile), sign)))
     chunks.flush()
     return job.session
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Samples [start, stop) of some columns, all of one tile and period."""
+    """Samples of one tile and period."""
 
     period: int
-    start: int
-    stop: int
     sign: int
     columns: dict[str, NDArray[np.int32]]
 
 
-class _Cursor:
-    """Walks through a shard in tile order; of its row groups, those that hold the block's tiles are decoded."""
-
-    def __init__(self, shard: Shard, job: BlockJob) -> None:
-        self.sign = shard.sign
-        self.names = sorted({"pixel"} | {ADDENDS[name][0] for name in job.arrays})
-        self.file = pq.ParquetFile(shard.path)
-        runs = read_runs(self.file)
-        stops = np.cumsum(runs[:, 2])
-        mine = slice(*np.searchsorted(runs[:, 0], [job.tiles[0], job.tiles[-1] + 1]))
-        self.runs = deque(np.column_stack([runs[:, :2], stops - runs[:, 2], stops])[mine].tolist())
-        self.group_rows = self.file.metadata.row_group(0).num_rows
-        self.group, self.columns = -1, dict[str, NDArray[np.int32]]()
-
-    def __enter__(self) -> _Cursor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def take(self, tile: int) -> Iterator[_Run]:
-        """The runs of a tile, in pieces where they go over several row groups; earlier tiles are passed over."""
-        while self.runs and self.runs[0][0] <= tile:
-            number, period, start, stop = self.runs.popleft()
-            while number == tile and start < stop:
-                group, first = divmod(start, self.group_rows)
-                last = min(first + stop - start, self.group_rows)
-                yield _Run(period, first, last, self.sign, self._decoded(group))
-                start += last - first
-
-    def _decoded(self, group: int) -> dict[str, NDArray[np.int32]]:
-        if group != self.group:
-            table = self.file.read_row_group(group, columns=self.names, use_threads=False)
-            self.group, self.columns = group, {n: table[n].chunk(0).to_numpy() for n in self.names}
-        return self.columns
+def _runs(samples: Samples, sign: int) -> Iterator[_Run]:
+    start = 0
+    for _, period, rows in samples.runs.tolist():
+        yield _Run(period, sign, {name: column[start : start + rows] for name, column in samples.columns.items()})
+        start += rows
 
 
 class _Adder:
@@ -164,7 +127,7 @@ class _Adder:
         step, held = list[_Run](), 0
         for run in runs:
             step.append(run)
-            held += run.stop - run.start
+            held += len(run.columns["pixel"])
             if held > TILE_ROWS:
                 self._add(tile, step)
                 step, held = [], 0
@@ -225,31 +188,29 @@ class _Adder:
             The encoded chunk; None where there is none.
         """
         encoded = None
-        limits, (column, what) = np.iinfo(dense.dtype), ADDENDS[name]
-        table = self.tables[what]
+        (column, what), limits = ADDENDS[name], np.iinfo(dense.dtype)
+        how = what != "one", self.tables[what], int(limits.min), int(limits.max)
         for run in runs:
-            of = slice(run.start, run.stop)
-            pixel, values = run.columns["pixel"][of], run.columns[column][of]
-            if not _add(dense, pixel, values, what != "one", table, run.sign, int(limits.min), int(limits.max)):
+            if not _add(dense, run.columns["pixel"], run.columns[column], run.sign, *how):
                 raise StoreError(f"{path}: a pixel's sum leaves {dense.dtype}; use a shorter period, or build the cube anew")
-        if any(_some(dense, run.columns["pixel"], run.start, run.stop) for run in runs) or (held and dense.any()):
+        if any(_some(dense, run.columns["pixel"]) for run in runs) or (held and dense.any()):
             encoded = self.chunks.write(path, place, dense)
         elif held:
             self.chunks.remove(path, place)
         if held:
             dense[:] = 0
         for run in runs:
-            _clear(dense, run.columns["pixel"], run.start, run.stop)
+            _clear(dense, run.columns["pixel"])
         return encoded
 
 
 def _equals_count(run: _Run, name: str) -> bool:
     """Whether every sample has the quantity that is counted."""
-    return bool(run.columns[ADDENDS[name][0]][run.start : run.stop].min() >= 0)
+    return bool(run.columns[ADDENDS[name][0]].min() >= 0)
 
 
 @njit(cache=True, nogil=True)
-def _add(dense, pixel, values, summed, table, sign, low, high):
+def _add(dense, pixel, values, sign, summed, table, low, high):
     """Add known values, or what a table holds for them, or ones, to pixels; False where a sum leaves the limits."""
     for k in range(len(pixel)):
         value = np.int64(values[k])
@@ -266,14 +227,14 @@ def _add(dense, pixel, values, summed, table, sign, low, high):
 
 
 @njit(cache=True, nogil=True)
-def _some(dense, pixel, start, stop):
-    for k in range(start, stop):  # noqa: SIM110 - generators are not compiled
+def _some(dense, pixel):
+    for k in range(len(pixel)):  # noqa: SIM110 - generators are not compiled
         if dense[pixel[k]] != 0:
             return True
     return False
 
 
 @njit(cache=True, nogil=True)
-def _clear(dense, pixel, start, stop):
-    for k in range(start, stop):
+def _clear(dense, pixel):
+    for k in range(len(pixel)):
         dense[pixel[k]] = 0

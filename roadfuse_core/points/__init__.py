@@ -5,16 +5,15 @@ from roadfuse_core.points._datum import from_wgs84, shift_datum, to_wgs84
 from roadfuse_core.points._read import DUCKDB_BYTES, METRES_PER_SECOND, Part, Rows, read_batches, read_rows, time_span
 from roadfuse_core.points._samples import ADDENDS, Collector, Samples, addend_table, arrays_of, columns_of, period_of
 from roadfuse_core.points._shard import (
-    ROW_GROUP,
     Shuffle,
     Slice,
     SliceReport,
     map_slice,
     needs_vehicles,
     read_report,
-    read_runs,
     shuffle_slice,
 )
+from roadfuse_core.points._shard_file import ShardFile, write_shard
 from roadfuse_core.points._sources import (
     SourceFile,
     check_columns,
@@ -30,13 +29,13 @@ __all__ = [
     "ADDENDS",
     "DUCKDB_BYTES",
     "METRES_PER_SECOND",
-    "ROW_GROUP",
     "Collector",
     "Part",
     "Placed",
     "Reason",
     "Rows",
     "Samples",
+    "ShardFile",
     "Shuffle",
     "Slice",
     "SliceReport",
@@ -61,10 +60,10 @@ __all__ = [
     "read_batches",
     "read_report",
     "read_rows",
-    "read_runs",
     "shift_datum",
     "shuffle_slice",
     "single_precision_step",
     "time_span",
     "to_wgs84",
+    "write_shard",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from base64 import b64decode, b64encode
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,30 +13,25 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyproj import CRS
 
-from roadfuse_core.errors import StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Grid, PixelProjection, fit_projection
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import shift_datum
 from roadfuse_core.points._read import Part, Rows, read_batches, shuffle_rows
-from roadfuse_core.points._samples import Collector, Samples
+from roadfuse_core.points._samples import Collector
+from roadfuse_core.points._shard_file import write_shard
 from roadfuse_core.points._units import SpeedRatios
 from roadfuse_core.settings import PointsSpec
 
 __all__ = [
-    "ROW_GROUP",
     "Shuffle",
     "Slice",
     "SliceReport",
     "map_slice",
     "needs_vehicles",
     "read_report",
-    "read_runs",
     "shuffle_slice",
 ]
-
-ROW_GROUP = 1 << 15
-RUNS = b"runs"
 
 
 @dataclass(frozen=True)
@@ -199,31 +193,10 @@ class _Mapper:
         touched = np.flatnonzero(self.collector.per_tile)
         self.tiles.update(dict(zip(touched.tolist(), self.collector.per_tile[touched].tolist(), strict=True)))
         samples = self.collector.samples()
-        path = Path(self.job.shard).with_suffix(f".{len(self.shards)}.parquet")
-        _write(samples, path)
+        path = Path(self.job.shard).with_suffix(f".{len(self.shards)}.samples")
+        write_shard(samples, path)
         self.shards.append(str(path))
         self.periods += [int(samples.runs[:, 1].min()), int(samples.runs[:, 1].max())]
-
-
-def _write(samples: Samples, shard: Path) -> None:
-    """The columns, with the runs in the footer; bytes of equal weight lie together, which LZ4 packs well and fast."""
-    part = shard.with_suffix(".part")
-    table = pa.table(samples.columns).replace_schema_metadata({RUNS: b64encode(samples.runs.astype("<i8").tobytes())})
-    pq.write_table(table, part, compression="lz4", row_group_size=ROW_GROUP, use_dictionary=False, write_statistics=False,
-                   column_encoding=dict.fromkeys(samples.columns, "BYTE_STREAM_SPLIT"))  # fmt: skip
-    part.rename(shard)
-
-
-def read_runs(shard: pq.ParquetFile) -> NDArray[np.int64]:
-    """The runs of a shard, see `Samples`.
-
-    Raises:
-        StoreError: The file is none, or of a version that wrote sums.
-    """
-    metadata = shard.schema_arrow.metadata or {}
-    if RUNS not in metadata:
-        raise StoreError("a dump's kept contributions are in an older form; build the cube anew in another workspace")
-    return np.frombuffer(b64decode(metadata[RUNS]), "<i8").reshape(-1, 3)
 
 
 class _Quarantine:

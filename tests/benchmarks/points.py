@@ -243,7 +243,9 @@ def show(points: int, runs: int, taken: dict[str, list[float]], disk: float) -> 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(taken[a], taken[b], strict=True))
 
-    print(f"points, {points:,} road-like rows, 2 workers, medians of {max(1, runs)} paired runs after {min(1, runs)} to warm up")
+    print(
+        f"points, {points:,} road-like rows, 2 workers, medians of {max(1, runs)} paired runs after {min(1, runs)} to warm up"
+    )
     for name, seconds in taken.items():
         print(f"  {name:<11} {statistics.median(seconds):7.2f} s  {points / statistics.median(seconds) / 1e6:7.2f} M rows/s")
     for what, a, b, target in (

@@ -22,6 +22,7 @@ from roadfuse_core.points import (
     Reason,
     Rows,
     Samples,
+    ShardFile,
     Shuffle,
     Slice,
     SpeedRatios,
@@ -33,9 +34,9 @@ from roadfuse_core.points import (
     map_slice,
     period_of,
     read_batches,
-    read_runs,
     shuffle_slice,
     to_wgs84,
+    write_shard,
 )
 from roadfuse_core.settings import City, CleanSpec, PointsSpec
 
@@ -87,8 +88,11 @@ def map_part(spec, part, path, capacity=1_000_000):
 
 
 def samples_of(shard):
-    with pq.ParquetFile(shard) as file:
-        return Samples(read_runs(file), {k: v.to_numpy() for k, v in zip(file.schema_arrow.names, file.read().columns)})
+    """A shard as a whole, put together from its tiles."""
+    file = ShardFile(Path(shard))
+    parts = [file.samples(tile) for tile in file.tiles]
+    columns = {name: np.concatenate([p.columns[name] for p in parts]) for name in file.names}
+    return Samples(np.concatenate([p.runs for p in parts]), columns)
 
 
 def totals(parts):
@@ -155,6 +159,22 @@ def test_samples_keep_the_order_in_which_they_came():
     assert got.columns["pixel"].tolist() == (row % 64 * 64 + col % 64)[order].astype(int).tolist()
     speed = np.nan_to_num(np.rint(rows.speed[order] * 1000), nan=-1)
     assert got.columns["speed"].tolist() == speed.astype(int).tolist()
+
+
+def test_a_shard_holds_its_samples_and_some_tiles_of_it_are_those_tiles(tmp_path):
+    rows = make_rows(5)
+    rows.time_us[::3] -= 40_000_000_000_000_000
+    whole = sample(rows)
+    write_shard(whole, tmp_path / "a.samples")
+    read = samples_of(tmp_path / "a.samples")
+    assert read.runs.tolist() == whole.runs.tolist()
+    assert {k: v.tolist() for k, v in read.columns.items()} == {k: v.tolist() for k, v in whole.columns.items()}
+    some, every = ShardFile(tmp_path / "a.samples", (3, 9)), ShardFile(tmp_path / "a.samples")
+    assert some.tiles == tuple(t for t in every.tiles if 3 <= t <= 9)
+    for tile in range(16):
+        assert len(some.samples(tile).runs) == (whole.runs[:, 0] == tile).sum() * (3 <= tile <= 9)
+        for name, column in some.samples(tile).columns.items():
+            assert column.tolist() == (every.samples(tile).columns[name].tolist() if 3 <= tile <= 9 else [])
 
 
 def test_sums_equal_a_plain_loop():
