@@ -135,7 +135,7 @@ def region_of(lattice: Lattice, block: Block) -> Block:
 
 
 def predict_chain(jobs: tuple[BlockJob, ...]) -> list[BlockReport]:
-    """Predict blocks one after the other, while one thread reads the next one's evidence and another adds up and writes."""
+    """Predict blocks one after the other; one thread reads the next one's evidence, one cuts windows, adds up and writes."""
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
         ahead, saved = reader.submit(read_ahead, jobs[0]), []
         for k, job in enumerate(jobs):
@@ -229,19 +229,24 @@ def _predict(
     if not places:
         return 0
     read = read or _read(job, predictor, at)
-    size, weight = job.lattice.window_px, job.lattice.weight()
+    size, weight, tensors = job.lattice.window_px, job.lattice.weight(), read.tensors
     evident = [p for p in places if _cut(read.evident, p, at, size).any()]
 
     def add(chosen: list[tuple[int, int]], predicted: NDArray[np.float32]) -> None:
         for (row, col), planes in zip(chosen, predicted, strict=False):
             out.add(row, col, planes, weight * _cut(read.known, (row, col), at, size))
 
-    added: Future[None] = writer.submit(add, [], np.empty(0, np.float32))
-    for first in range(0, len(evident), job.batch):
-        chosen = evident[first : first + job.batch]
-        predicted = predictor.predict({n: _batch(x, chosen, at, size, job.batch) for n, x in read.tensors.items()})
+    def batch(chosen: list[tuple[int, int]]) -> dict[str, Tensor]:
+        return {n: _batch(x, chosen, at, size, job.batch) for n, x in tensors.items()}
+
+    batches = [evident[first : first + job.batch] for first in range(0, len(evident), job.batch)]
+    added, inputs = writer.submit(add, [], np.empty(0, np.float32)), batch(evident[: job.batch])
+    for chosen, coming in zip(batches, [*batches[1:], []], strict=True):
+        ahead = writer.submit(batch, coming) if coming else None
+        predicted = predictor.predict(inputs)
         added.result()  # no more than one batch waits
         added = writer.submit(add, chosen, predicted)
+        inputs = ahead.result() if ahead else {}
     added.result()
     return len(evident)
 

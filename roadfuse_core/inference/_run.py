@@ -36,7 +36,7 @@ from roadfuse_core.settings import City
 __all__ = ["IncompleteError", "infer", "published", "release", "rollback"]
 
 log = logging.getLogger(__name__)
-CHAIN = 4  # blocks of one job: the next is read while one is computed
+CHAIN = 8  # blocks of one job: the next is read while one is computed
 
 
 class IncompleteError(RoadFuseError, RuntimeError):
