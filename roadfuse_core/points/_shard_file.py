@@ -1,14 +1,16 @@
 """Shard files: samples packed tile by tile, so that any tile is one read, and whoever walks through many shards holds little.
 
 A line with the name of the format and of the columns; then for each tile the columns, one after the other, as a Blosc frame
-(bytes of equal weight together, LZ4); then a zlib frame of int64: the number of runs, the runs, and where each tile's frame
-ends; last the length of that frame, 8 bytes, little-endian.
+(bytes of equal weight together, LZ4); then a zlib frame of int64: the number of runs, the runs, and for each tile where its
+frame ends and the frame's CRC-32; last the length of the zlib frame, 8 bytes, little-endian.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,7 @@ class _Index:
     names: tuple[str, ...]
     runs: NDArray[np.int64]
     ends: NDArray[np.int64]
+    checks: NDArray[np.int64]
 
 
 def write_shard(samples: Samples, path: Path) -> None:
@@ -38,14 +41,16 @@ def write_shard(samples: Samples, path: Path) -> None:
     part = path.with_suffix(".part")
     stops = np.cumsum(samples.runs[:, 2])
     last = np.flatnonzero(np.r_[samples.runs[1:, 0] != samples.runs[:-1, 0], True])
-    ends, start = [], 0
+    ends, checks, start = list[int](), list[int](), 0
     with part.open("wb") as file:
         file.write(_HEAD + ",".join(samples.columns).encode() + b"\n")
         for stop in stops[last].tolist():
-            file.write(_PACK.encode(np.stack([column[start:stop] for column in samples.columns.values()])))
+            packed = _PACK.encode(np.stack([column[start:stop] for column in samples.columns.values()]))
+            file.write(packed)
             ends.append(file.tell())
+            checks.append(zlib.crc32(packed))
             start = stop
-        index = zlib.compress(np.r_[len(samples.runs), samples.runs.ravel(), ends].astype("<i8").tobytes(), 1)
+        index = zlib.compress(np.r_[len(samples.runs), samples.runs.ravel(), ends, checks].astype("<i8").tobytes(), 1)
         file.write(index + len(index).to_bytes(_LENGTH, "little"))
     part.rename(path)
 
@@ -58,7 +63,7 @@ class ShardFile:
         tiles: First and last tile of interest; by default all.
 
     Raises:
-        StoreError: The file is of a version that wrote sums.
+        StoreError: The file is of a version that wrote sums, or damaged.
     """
 
     def __init__(self, path: Path, tiles: tuple[int, int] | None = None) -> None:
@@ -68,10 +73,10 @@ class ShardFile:
         first = np.flatnonzero(np.r_[True, index.runs[1:, 0] != index.runs[:-1, 0]])
         low, high = np.searchsorted(index.runs[first, 0], [tiles[0], tiles[1] + 1]) if tiles else (0, len(first))
         starts, bounds = np.r_[start, index.ends].tolist(), np.r_[first, len(index.runs)].tolist()
-        self._places: dict[int, tuple[int, int, NDArray[np.int64]]] = {}
+        self._places: dict[int, tuple[int, int, int, NDArray[np.int64]]] = {}
         for k in range(low, high):
             runs = index.runs[bounds[k] : bounds[k + 1]].copy()
-            self._places[int(runs[0, 0])] = (starts[k], starts[k + 1], runs)
+            self._places[int(runs[0, 0])] = (starts[k], starts[k + 1], int(index.checks[k]), runs)
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -79,13 +84,19 @@ class ShardFile:
         return tuple(self._places)
 
     def samples(self, tile: int) -> Samples:
-        """The samples of one tile; none where it has none."""
+        """The samples of one tile; none where it has none.
+
+        Raises:
+            StoreError: The file is damaged.
+        """
         if tile not in self._places:
             return Samples(np.zeros((0, 3), np.int64), {name: np.zeros(0, np.int32) for name in self.names})
-        start, stop, runs = self._places[tile]
-        with self.path.open("rb", buffering=0) as file:
+        start, stop, check, runs = self._places[tile]
+        with self.path.open("rb", buffering=0) as file, self._whole():
             packed = os.pread(file.fileno(), stop - start, start)
-        columns = np.frombuffer(_PACK.decode(packed), np.int32).reshape(len(self.names), -1)
+            if zlib.crc32(packed) != check:
+                raise ValueError(f"tile {tile} is not what was written")
+            columns = np.frombuffer(_PACK.decode(packed), np.int32).reshape(len(self.names), runs[:, 2].sum())
         return Samples(runs, dict(zip(self.names, columns, strict=True)))
 
     def _read_index(self) -> tuple[_Index, int]:
@@ -94,7 +105,20 @@ class ShardFile:
             head = file.readline(200)
             if not head.startswith(_HEAD):
                 raise StoreError("a dump's kept contributions are in an older form; build the cube anew in another workspace")
-            length = int.from_bytes(os.pread(file.fileno(), _LENGTH, (size := self.path.stat().st_size) - _LENGTH), "little")
-            numbers = np.frombuffer(zlib.decompress(os.pread(file.fileno(), length, size - _LENGTH - length)), "<i8")
-        runs, ends = numbers[1 : 1 + 3 * numbers[0]].reshape(-1, 3), numbers[1 + 3 * numbers[0] :]
-        return _Index(tuple(head[len(_HEAD) : -1].decode().split(",")), runs, ends), len(head)
+            with self._whole():
+                at = self.path.stat().st_size - _LENGTH
+                length = int.from_bytes(os.pread(file.fileno(), _LENGTH, at), "little")
+                if not 0 < length < at:
+                    raise ValueError("it was cut off")
+                numbers = np.frombuffer(zlib.decompress(os.pread(file.fileno(), length, at - length)), "<i8")
+                runs = numbers[1 : 1 + 3 * numbers[0]].reshape(-1, 3)
+                ends, checks = numbers[1 + 3 * numbers[0] :].reshape(2, -1)
+        return _Index(tuple(head[len(_HEAD) : -1].decode().split(",")), runs, ends, checks), len(head)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What cannot be unpacked was damaged after it was written."""
+        try:
+            yield
+        except (zlib.error, ValueError, RuntimeError, OSError) as error:
+            raise StoreError(f"{self.path}: is damaged ({error}); remove its folder and run again") from error

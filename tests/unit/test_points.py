@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyproj import Transformer
 
-from roadfuse_core.errors import ConfigError, DataError
+from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.points import (
     METRES_PER_SECOND,
@@ -175,6 +175,17 @@ def test_a_shard_holds_its_samples_and_some_tiles_of_it_are_those_tiles(tmp_path
         assert len(some.samples(tile).runs) == (whole.runs[:, 0] == tile).sum() * (3 <= tile <= 9)
         for name, column in some.samples(tile).columns.items():
             assert column.tolist() == (every.samples(tile).columns[name].tolist() if 3 <= tile <= 9 else [])
+
+
+@pytest.mark.parametrize("where", ["frame", "index", "end"])
+def test_a_damaged_shard_is_named(tmp_path, where):
+    path = tmp_path / "a.samples"
+    write_shard(sample(make_rows(6)), path)
+    whole = path.read_bytes()
+    at = {"frame": 150, "index": len(whole) - 40, "end": len(whole) - 9}[where]
+    path.write_bytes(whole[:at] if where == "end" else whole[:at] + b"\xff" * 12 + whole[at + 12 :])
+    with pytest.raises(StoreError, match=r"a\.samples: is damaged"):
+        samples_of(path)
 
 
 def test_sums_equal_a_plain_loop():
