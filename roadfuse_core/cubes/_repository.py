@@ -90,7 +90,10 @@ def committer_lock(path: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:  # closing alone would wait for a child that was forked meanwhile, such as a worker that just starts
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager

@@ -312,6 +312,20 @@ def test_chunks_are_those_of_zarr(tmp_path):
     assert chunks.read("total/speed_sum", (0, 0)) is None
 
 
+def test_the_lock_is_free_although_a_child_that_was_forked_meanwhile_lives(tmp_path):
+    with committer_lock(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with committer_lock(tmp_path):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_every_touched_tile_has_one_owner():
     tiles = np.random.default_rng(0).permutation(5000)[:700].tolist()
     owners = owned_blocks(tiles)
