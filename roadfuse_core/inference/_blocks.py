@@ -240,9 +240,10 @@ def _predict(
         return {n: _batch(x, chosen, at, size, job.batch) for n, x in tensors.items()}
 
     batches = [evident[first : first + job.batch] for first in range(0, len(evident), job.batch)]
-    added, inputs = writer.submit(add, [], np.empty(0, np.float32)), batch(evident[: job.batch])
-    for chosen, coming in zip(batches, [*batches[1:], []], strict=True):
-        ahead = writer.submit(batch, coming) if coming else None
+    added = writer.submit(add, [], np.empty(0, np.float32))
+    inputs = batch(batches[0]) if batches else {}
+    for k, chosen in enumerate(batches):
+        ahead = writer.submit(batch, batches[k + 1]) if k + 1 < len(batches) else None
         predicted = predictor.predict(inputs)
         added.result()  # no more than one batch waits
         added = writer.submit(add, chosen, predicted)

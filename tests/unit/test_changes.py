@@ -94,6 +94,17 @@ def write_dump(city: City, name: str, box: Block, n: int = 400, seed: int = 0) -
     return path.name
 
 
+def test_a_block_may_hold_no_evidence_although_its_windows_reach_a_tile_that_has_some(city, monkeypatch):
+    monkeypatch.setattr("roadfuse_core.inference._plan.BLOCK_PX", 128)
+    blind = city.model_copy(update={"imagery": None})
+    ingest(blind, [write_dump(blind, "corner", Block(245, 245, 250, 250))])
+    plan = plan_refresh(blind)
+    record = infer(blind)
+    assert 0 < record["windows"] < plan.windows
+    assert not record["failed"]
+    assert set(np.unique(layers(blind)["road"][:128, :128])) == {NODATA}
+
+
 # --- which windows -----------------------------------------------------------------------------------------------------
 
 TINY = Grid("EPSG:32633", 1.0, 64, 0, 2, 2, 3)
