@@ -1,8 +1,8 @@
 """Shard files: samples packed tile by tile, so that any tile is one read, and whoever walks through many shards holds little.
 
 A line with the name of the format and of the columns; then for each tile the columns, one after the other, as a Blosc frame
-(bytes of equal weight together, LZ4); then a zlib frame of int64: the number of runs, the runs, and for each tile where its
-frame ends and the frame's CRC-32; last the length of the zlib frame, 8 bytes, little-endian.
+(bytes of equal weight together, LZ4); then a zlib frame of int64: the number of runs, the runs, where the
+frames begin and the last one ends, and their CRC-32; last the length of the zlib frame, 8 bytes, little-endian.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,29 +27,22 @@ _HEAD = b"roadfuse samples 1 "
 _LENGTH = 8
 
 
-@dataclass(frozen=True)
-class _Index:
-    names: tuple[str, ...]
-    runs: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    checks: NDArray[np.int64]
-
-
 def write_shard(samples: Samples, path: Path) -> None:
     """Write samples under a temporary name, and rename the file when it is whole."""
     part = path.with_suffix(".part")
     stops = np.cumsum(samples.runs[:, 2])
     last = np.flatnonzero(np.r_[samples.runs[1:, 0] != samples.runs[:-1, 0], True])
-    ends, checks, start = list[int](), list[int](), 0
+    checks, start = list[int](), 0
     with part.open("wb") as file:
         file.write(_HEAD + ",".join(samples.columns).encode() + b"\n")
+        edges = [file.tell()]
         for stop in stops[last].tolist():
             packed = _PACK.encode(np.stack([column[start:stop] for column in samples.columns.values()]))
             file.write(packed)
-            ends.append(file.tell())
+            edges.append(file.tell())
             checks.append(zlib.crc32(packed))
             start = stop
-        index = zlib.compress(np.r_[len(samples.runs), samples.runs.ravel(), ends, checks].astype("<i8").tobytes(), 1)
+        index = zlib.compress(np.r_[len(samples.runs), samples.runs.ravel(), edges, checks].astype("<i8").tobytes(), 1)
         file.write(index + len(index).to_bytes(_LENGTH, "little"))
     part.rename(path)
 
@@ -68,15 +60,14 @@ class ShardFile:
 
     def __init__(self, path: Path, tiles: tuple[int, int] | None = None) -> None:
         self.path = path
-        index, start = self._read_index()
-        self.names = index.names
-        first = np.flatnonzero(np.r_[True, index.runs[1:, 0] != index.runs[:-1, 0]])
-        low, high = np.searchsorted(index.runs[first, 0], [tiles[0], tiles[1] + 1]) if tiles else (0, len(first))
-        starts, bounds = np.r_[start, index.ends].tolist(), np.r_[first, len(index.runs)].tolist()
+        self.names, every, edges, checks = self._read_index()
+        first = np.flatnonzero(np.r_[True, every[1:, 0] != every[:-1, 0]])
+        low, high = np.searchsorted(every[first, 0], [tiles[0], tiles[1] + 1]) if tiles else (0, len(first))
+        bounds = np.r_[first, len(every)]
         self._places: dict[int, tuple[int, int, int, NDArray[np.int64]]] = {}
         for k in range(low, high):
-            runs = index.runs[bounds[k] : bounds[k + 1]].copy()
-            self._places[int(runs[0, 0])] = (starts[k], starts[k + 1], int(index.checks[k]), runs)
+            runs = every[bounds[k] : bounds[k + 1]].copy()
+            self._places[int(runs[0, 0])] = (int(edges[k]), int(edges[k + 1]), int(checks[k]), runs)
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -99,8 +90,8 @@ class ShardFile:
             columns = np.frombuffer(_PACK.decode(packed), np.int32).reshape(len(self.names), runs[:, 2].sum())
         return Samples(runs, dict(zip(self.names, columns, strict=True)))
 
-    def _read_index(self) -> tuple[_Index, int]:
-        """The index, and where the first tile's frame begins."""
+    def _read_index(self) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Names of the columns, runs, edges of the frames, and what they are checked by."""
         with self.path.open("rb") as file:
             head = file.readline(200)
             if not head.startswith(_HEAD):
@@ -112,8 +103,8 @@ class ShardFile:
                     raise ValueError("it was cut off")
                 numbers = np.frombuffer(zlib.decompress(os.pread(file.fileno(), length, at - length)), "<i8")
                 runs = numbers[1 : 1 + 3 * numbers[0]].reshape(-1, 3)
-                ends, checks = numbers[1 + 3 * numbers[0] :].reshape(2, -1)
-        return _Index(tuple(head[len(_HEAD) : -1].decode().split(",")), runs, ends, checks), len(head)
+                edges, checks = np.array_split(numbers[1 + 3 * numbers[0] :], 2)  # the first half has one more
+        return tuple(head[len(_HEAD) : -1].decode().split(",")), runs, edges, checks
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
