@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from dask.distributed import Client
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -325,26 +326,38 @@ def run_stages(
     if recipe.precision == "bf16":  # in single precision, PyTorch's backward pass crashes on such weights on some CPUs
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for number, stage in enumerate(grounds.stages):
-        module = RoadModule(network, recipe, number)
-        trainer, best = _trainer(recipe, number, out, rank, tell or quiet)
-        state = out / f"stage-{number}" / "last.ckpt"
-        with warnings.catch_warnings():
-            # Lightning's advice (workers, intervals of its log) is not for those who start a refresh.
-            warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer),
-                        ckpt_path=state if state.is_file() else None, weights_only=False)  # fmt: skip
-        epochs += trainer.current_epoch
-        score = float(trainer.callback_metrics.get("g_iou", torch.tensor(0.0)))
-        if recipe.keep == "best" and best.best_model_path:
-            held = torch.load(best.best_model_path, map_location="cpu", weights_only=False)
-            module.load_state_dict(held["state_dict"])
-            score = float(best.best_model_score or score)
+        facts = _run_stage(RoadModule(network, recipe, number), grounds, stage, out, rank, tell or quiet)
+        epochs, score = epochs + facts["epochs"], facts["g_iou"]
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if rank.number:
         return {}
     _save(recipe, network, out)
     return {"g_iou": score, "epochs": epochs}
+
+
+def _run_stage(
+    module: RoadModule, grounds: _Grounds, stage: tuple[Ground, ...], out: Path, rank: _Rank, tell: Progress
+) -> dict[str, Any]:
+    """One stage, from its last whole epoch; leaves the network with its weights, and tells its score and epochs."""
+    recipe, number = module.recipe, module.stage
+    folder = out / f"stage-{number}"
+    weights, state, done = folder / f"{recipe.keep}.ckpt", folder / "last.ckpt", folder / "done.json"
+    if not done.is_file():
+        trainer, best = _trainer(recipe, number, out, rank, tell)
+        with warnings.catch_warnings():
+            # Lightning's advice (workers, intervals of its log) is not for those who start a refresh.
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer),
+                        ckpt_path=state if state.is_file() else None, weights_only=False)  # fmt: skip
+        score = best.best_model_score if recipe.keep == "best" else module.score
+        facts = {"g_iou": float(score or 0), "epochs": trainer.current_epoch}
+        if not rank.number:
+            write_whole(done, json.dumps(facts))
+    else:
+        facts = json.loads(done.read_text())
+    module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=False)["state_dict"])
+    return facts
 
 
 def _loaders(
@@ -369,13 +382,16 @@ def _loaders(
 
 def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress) -> tuple[Trainer, ModelCheckpoint]:
     folder = out / f"stage-{stage}"
-    best = ModelCheckpoint(folder, "best", monitor="g_iou", mode="max", save_last=True, save_top_k=int(recipe.keep == "best"),
-                           enable_version_counter=False, save_on_train_epoch_end=False)  # fmt: skip
-    callbacks: list[Callback] = [best, _Teller(tell, recipe.stages[stage].epochs, stage)]
+    after: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}  # after every validation
+    best = ModelCheckpoint(folder, "best", monitor="g_iou", mode="max", save_top_k=int(recipe.keep == "best"), **after)
+    # The state to go on from is a callback of its own, and the last: it holds what the others have just noted. With
+    # `save_last`, Lightning writes it only at epochs that are among the best.
+    state = ModelCheckpoint(folder, "last", **after)
+    callbacks: list[Callback] = [_Teller(tell, recipe.stages[stage].epochs, stage), best, state]
     if recipe.patience:
-        callbacks.append(EarlyStopping("g_iou", mode="max", patience=recipe.patience))
+        callbacks.append(EarlyStopping("g_iou", mode="max", patience=recipe.patience, check_on_train_epoch_end=False))
     logger = [
-        CSVLogger(out, name="log", version=f"stage-{stage}"),
+        CSVLogger(_keep_log(out, f"stage-{stage}"), name="log", version=f"stage-{stage}"),
         TensorBoardLogger(out, name="tensorboard", version=f"stage-{stage}"),
     ]
     several: dict[str, Any] = {}
@@ -389,9 +405,27 @@ def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress)
         precision="bf16-mixed" if recipe.precision == "bf16" else "32-true", gradient_clip_val=recipe.optimiser.clip,
         callbacks=callbacks, logger=logger if not rank.number else False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10,
-        default_root_dir=out, **several,
+        default_root_dir=out, plugins=[_WholeFiles()], **several,
     )  # fmt: skip
     return trainer, best
+
+
+def _keep_log(out: Path, version: str) -> Path:
+    """The log of a run that was killed gets a number, or Lightning would remove it."""
+    log_of, held = out / "log" / version / "metrics.csv", len(list((out / "log" / version).glob("metrics-*.csv")))
+    if log_of.is_file():
+        log_of.rename(log_of.with_name(f"metrics-{held}.csv"))
+    return out
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are whole or not there; Lightning's own writing passes through another folder, maybe of another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        part = Path(f"{path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, part)
+        part.replace(path)
 
 
 class _Teller(Callback):

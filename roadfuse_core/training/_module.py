@@ -34,6 +34,7 @@ class RoadModule(LightningModule):
         self.network, self.recipe, self.stage, self.view = network, recipe, stage, recipe.view()
         self.steps = recipe.stages[stage].epochs * recipe.epoch_steps
         self.counts = torch.zeros(4, dtype=torch.int64)
+        self.score = 0.0  # g_iou of the last validation
 
     def train(self, mode: bool = True) -> RoadModule:
         """Training mode; batch norms stay as they are when they are frozen."""
@@ -91,7 +92,19 @@ class RoadModule(LightningModule):
             assert isinstance(gathered, Tensor)
             total = gathered.sum(0)
         tp, fp, fn, _ = total.tolist()
-        self.log("g_iou", tp / max(1, tp + fp + fn), prog_bar=True, rank_zero_only=False)
+        self.score = tp / max(1, tp + fp + fn)
+        self.log("g_iou", self.score, prog_bar=True, rank_zero_only=False)
+        if self.recipe.optimiser.schedule == "plateau":
+            # Here and not by Lightning, which would do it only after the state of this epoch was saved.
+            self.lr_schedulers().step(self.score)  # type: ignore[union-attr, arg-type]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The score goes with the state."""
+        checkpoint["score"] = self.score
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """And comes back with it."""
+        self.score = checkpoint["score"]
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule of the recipe."""
@@ -100,7 +113,8 @@ class RoadModule(LightningModule):
         optimiser = kinds[o.kind](self.network.parameters(), lr=o.lr, weight_decay=o.weight_decay)
         if o.schedule == "plateau":
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, "max", o.factor, PATIENCE)
-            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "g_iou", "interval": "epoch"}}
+            never = 10**9
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "g_iou", "frequency": never}}
         if o.schedule == "one-cycle":
             cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, o.lr, total_steps=self.steps + 1, pct_start=0.1)
             return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}

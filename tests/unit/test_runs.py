@@ -1,5 +1,6 @@
 """Training runs, scores, comparisons: the same however they are cut, and what NumPy says."""
 
+import json
 import os
 import signal
 import subprocess
@@ -50,23 +51,36 @@ def _run_in_a_process(path, out):
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
 
 
-def test_a_killed_training_ends_with_the_same_weights(city, tmp_path):
-    path = city.root.parent / "killed.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"stages": [{"epochs": 3}, {"epochs": 1, "labels": "existing_map"}]}))
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"keep": "best", "patience": 2, "optimiser": {"schedule": "plateau", "lr": 0.01}}],
+    ids=["one-cycle", "plateau"],
+)
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(city, tmp_path, fields):
+    path = city.root.parent / f"killed-{len(fields)}.yaml"
+    path.write_text(yaml.safe_dump(TINY | fields | {"stages": [{"epochs": 6}, {"epochs": 2, "labels": "existing_map"}]}))
     whole = _run_in_a_process(path, tmp_path / "whole")
     assert whole.wait(120) == 0
-    broken = _run_in_a_process(path, tmp_path / "broken")
-    state = tmp_path / "broken/stage-0/last.ckpt"
-    while not state.is_file():
-        assert broken.poll() is None
-        time.sleep(0.005)
-    os.kill(broken.pid, signal.SIGKILL)
-    assert broken.wait() == -signal.SIGKILL
-    assert not (tmp_path / "broken/checkpoint.safetensors").exists()
+    for stage in (0, 1):
+        broken = _run_in_a_process(path, tmp_path / "broken")
+        state = tmp_path / f"broken/stage-{stage}/last.ckpt"
+        while not state.is_file():
+            assert broken.poll() is None, broken.stderr.read().decode()
+            time.sleep(0.005)
+        os.kill(broken.pid, signal.SIGKILL)
+        assert broken.wait() == -signal.SIGKILL
+        assert not (tmp_path / "broken/checkpoint.safetensors").exists()
     again = _run_in_a_process(path, tmp_path / "broken")
     assert again.wait(120) == 0
+    for stage in (0, 1):
+        parts = [pd.read_csv(tmp_path / f"broken/log/stage-{stage}/{name}.csv") for name in ("metrics-0", "metrics")]
+        assert parts[0].epoch.min() == 0
+        assert parts[1].epoch.min() > 0, "it went on"
     a, b = _weights(tmp_path / "whole"), _weights(tmp_path / "broken")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    done = [json.loads((tmp_path / name / "done.json").read_text()) for name in ("whole", "broken")]
+    assert [d["g_iou"] for d in done] == [done[0]["g_iou"]] * 2
+    assert [d["epochs"] for d in done] == [done[0]["epochs"]] * 2
 
 
 def test_two_ranks_with_half_a_batch_are_one_with_the_whole(recipe, tmp_path):
