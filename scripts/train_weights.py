@@ -12,7 +12,7 @@ from cities import draw_cities
 
 from roadfuse_core.training import load_recipe, train
 
-CITIES = {"train": range(1000, 1028), "sparse": range(1100, 1116), "validation": range(1900, 1901), "test": range(2000, 2004)}
+CITIES = {"train": range(1000, 1028), "sparse": range(1100, 1148), "validation": range(1900, 1901), "test": range(2000, 2004)}
 WEIGHTS = Path(__file__).parents[1] / "roadfuse_core/weights"
 
 
