@@ -53,7 +53,7 @@ class Experiment(NamedTuple):
 EXPERIMENTS = {
     "comparison": Experiment(("recipe",), NETWORKS),
     "stages": Experiment(("one-stage", "two-stages"), ("roadfuse",)),
-    "dropout": Experiment(("recipe", "dropout"), ("roadfuse", "d-linknet34")),
+    "dropout": Experiment(("recipe", "dropout", "no-blanks"), ("roadfuse", "d-linknet34")),
 }
 
 

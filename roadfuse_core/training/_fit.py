@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 import shutil
@@ -422,9 +423,10 @@ class _WholeFiles(TorchCheckpointIO):
     """Checkpoints that are whole or not there; Lightning's own writing passes through another folder, maybe of another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        part = Path(f"{path}.part")
+        held, part = io.BytesIO(), Path(f"{path}.part")
+        torch.save(checkpoint, held)  # by itself it makes a full disk a RuntimeError
         part.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
+        part.write_bytes(held.getbuffer())
         part.replace(path)
 
 

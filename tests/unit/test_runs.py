@@ -83,6 +83,24 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(city, tmp_path
     assert [d["epochs"] for d in done] == [done[0]["epochs"]] * 2
 
 
+def test_a_full_disk_stops_a_training_that_goes_on_when_there_is_room(recipe, tmp_path):
+    place = tmp_path / "full"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            train(recipe(), place, threads=1)
+        assert not list(place.glob("**/*.ckpt")), "no half of a file under its name"
+        subprocess.run(["mount", "-o", "remount,size=50m", str(place)], check=True)
+        train(recipe(), place, threads=1)
+        train(recipe(), tmp_path / "whole", threads=1)
+        a, b = _weights(tmp_path / "whole"), _weights(place)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
 def test_two_ranks_with_half_a_batch_are_one_with_the_whole(recipe, tmp_path):
     """Frozen batch norms and a loss per window; Adam of few steps keeps rounding small."""
     fields = {
