@@ -25,8 +25,8 @@ Progress = Callable[[str, int, int], None]
 log = logging.getLogger(__name__)
 
 # Dask tells workers' allocator to give every freed 64 KiB back to the system, so that each array of each step is mapped,
-# zeroed and unmapped anew. These keep what is used again and again.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": 256 << 20, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
+# zeroed and unmapped anew. These keep what is used again and again, in few arenas: each thread's own would keep its own.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": 256 << 20, "MALLOC_MMAP_THRESHOLD_": 32 << 20, "MALLOC_ARENA_MAX": 2}
 
 
 class ClusterLostError(RoadFuseError, ConnectionError):
