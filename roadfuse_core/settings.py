@@ -147,7 +147,8 @@ class ModelSpec(_Spec):
     """Who predicts."""
 
     weights: str = Field(
-        "default", description="`default`: `gps` without imagery, else `fused`; `kde`; a checkpoint, or a tuned KDE (.json)"
+        "default",
+        description="`default` (`gps` without images, `image` without points, or `fused`), `kde`, a checkpoint, a KDE (.json)",
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a pixel is road")
     batch: int | None = Field(None, ge=1, le=256, description="windows a forward pass; by default found by measurement")

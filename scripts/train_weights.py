@@ -1,4 +1,4 @@
-"""Make the shipped networks: python scripts/train_weights.py OUT [--only gps].
+"""Make the shipped networks: python scripts/train_weights.py OUT [--only fused,image,gps].
 
 The recipes lie in roadfuse_core/weights; the seeds of the cities are these. What is done stays done: run
 it again after a crash. Test cities are those of the comparison, and are only scored.
@@ -26,7 +26,7 @@ def main() -> None:
     """Draw, train, and put the weights and their facts into the package."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", default="gps")
+    parser.add_argument("--only", default="fused,image,gps")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw cities")
     parser.add_argument("--threads", type=int, help="of PyTorch; by default all cores")
     a = parser.parse_args()

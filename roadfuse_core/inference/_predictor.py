@@ -39,7 +39,7 @@ __all__ = [
     "resolve_weights",
 ]
 
-SHIPPED = {"fused": "fused.safetensors", "gps": "gps.safetensors", "kde": "kde.json"}
+SHIPPED = {"fused": "fused.safetensors", "image": "image.safetensors", "gps": "gps.safetensors", "kde": "kde.json"}
 Precision = Literal["32", "bf16"]
 
 
@@ -280,7 +280,9 @@ def choose_weights(city: City, weights: str | None = None) -> str:
     name = weights or city.model.weights
     if name != "default":
         return name
-    return "gps" if city.imagery is None else "fused"
+    if city.imagery is None:
+        return "gps"
+    return "image" if city.points is None else "fused"
 
 
 def resolve_weights(weights: str, root: Path) -> PredictorRef:

@@ -1,7 +1,6 @@
 """Training: recipes, windows, augmentation on the device, Lightning's loop, comparisons, robustness."""
 
 from roadfuse_core.training._augment import Prepared, points_of, prepare, render_points
-from roadfuse_core.training._compact import CompactRecipe, train_compact
 from roadfuse_core.training._compare import (
     Comparison,
     compare,
@@ -24,7 +23,6 @@ __all__ = [
     "UNKNOWN",
     "Batch",
     "Cells",
-    "CompactRecipe",
     "Comparison",
     "Damage",
     "DivergedError",
@@ -60,6 +58,5 @@ __all__ = [
     "split_recipe",
     "tabulate",
     "train",
-    "train_compact",
     "write_curves",
 ]

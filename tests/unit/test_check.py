@@ -84,7 +84,7 @@ BROKEN = {
     "points elsewhere": (points_elsewhere, ["points.sources", "no position inside grid.bounds", "correct"]),
     "exchanged columns": (edit("points.columns", {"lon": "lat", "lat": "lon", "time": "time"}), ["points.columns", "exchange lon and lat"]),
     "column of lists": (list_column, ["points.columns.lon", "has type list", "name a column of numbers"]),
-    "unknown weights": (edit("model.weights", "best"), ["model.weights", "'best'", "use default, fused, gps, kde or a path"]),
+    "unknown weights": (edit("model.weights", "best"), ["model.weights", "'best'", "use default, fused, image, gps, kde or a path"]),
     "bad tile": (edit("grid.tile_px", 300), ["grid.tile_px", "300", "use 64, 128"]),
     "missing key": (edit("points.columns", {"lon": "lon"}), ["points.columns.lat", "is missing", "add it"]),
     "no evidence": (lambda s, f: (s.pop("points"), s.pop("imagery")), ["a city needs points or imagery"]),

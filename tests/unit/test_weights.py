@@ -10,10 +10,10 @@ import roadfuse_core.weights
 from flows.demo import DEMO_SEED
 from roadfuse_core.inference import choose_weights, load_predictor, resolve_weights
 from roadfuse_core.models import read_checkpoint_info
-from roadfuse_core.training import CompactRecipe, load_recipe
+from roadfuse_core.training import load_recipe
 
 FOLDER = Path(roadfuse_core.weights.__file__).parent
-NETWORKS = ("fused", "gps")
+NETWORKS = ("fused", "image", "gps")
 
 
 def test_shipped_weights_are_at_most_five_megabytes():
@@ -25,15 +25,9 @@ def test_shipped_weights_are_at_most_five_megabytes():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_recipe_inside_is_the_one_in_the_repository(name):
     info = read_checkpoint_info(FOLDER / f"{name}.safetensors")
-    recipe = CompactRecipe() if name == "fused" else load_recipe(FOLDER / f"{name}.yaml")
+    recipe = load_recipe(FOLDER / f"{name}.yaml")
     assert info.recipe == recipe.model_dump(mode="json")
     assert json.loads((FOLDER / f"{name}.json").read_text()) == info.model_dump(mode="json")
-
-
-def test_cities_of_the_fused_weights_are_those_of_the_script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    seeds, recipe = importlib.import_module("train_weights").CITIES, CompactRecipe()
-    assert seeds["train"] == range(recipe.first_city, recipe.first_city + recipe.cities)
 
 
 def test_the_demo_city_and_the_test_cities_were_never_trained_on(monkeypatch):
@@ -45,11 +39,11 @@ def test_the_demo_city_and_the_test_cities_were_never_trained_on(monkeypatch):
 def test_shipped_names_load():
     for name in (*NETWORKS, "kde"):
         predictor = load_predictor(resolve_weights(name, Path()), 1.0)
-        assert (bool(predictor.layers), predictor.uses_image) == (True, name == "fused")
+        assert (bool(predictor.layers), predictor.uses_image) == (name != "image", name in ("fused", "image"))
 
 
 def test_the_default_follows_what_a_city_has(small_city):
     assert choose_weights(small_city) == "fused"
     assert choose_weights(small_city, "kde") == "kde"
     assert choose_weights(small_city.model_copy(update={"imagery": None})) == "gps"
-    assert choose_weights(small_city.model_copy(update={"points": None})) == "fused"
+    assert choose_weights(small_city.model_copy(update={"points": None})) == "image"
