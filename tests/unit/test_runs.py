@@ -1,6 +1,5 @@
 """Training runs, scores, comparisons: the same however they are cut, and what NumPy says."""
 
-import json
 import os
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from roadfuse_core.training import (
     View,
     compare,
     lay_ground,
+    load_recipe,
     paired,
     parse_vary,
     run_suite,
@@ -59,8 +59,7 @@ def _run_in_a_process(path, out):
 def test_a_killed_training_goes_on_and_ends_with_the_same_weights(city, tmp_path, fields):
     path = city.root.parent / f"killed-{len(fields)}.yaml"
     path.write_text(yaml.safe_dump(TINY | fields | {"stages": [{"epochs": 6}, {"epochs": 2, "labels": "existing_map"}]}))
-    whole = _run_in_a_process(path, tmp_path / "whole")
-    assert whole.wait(120) == 0
+    whole = train(load_recipe(path), tmp_path / "whole", threads=1)
     for stage in (0, 1):
         broken = _run_in_a_process(path, tmp_path / "broken")
         state = tmp_path / f"broken/stage-{stage}/last.ckpt"
@@ -70,17 +69,14 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(city, tmp_path
         os.kill(broken.pid, signal.SIGKILL)
         assert broken.wait() == -signal.SIGKILL
         assert not (tmp_path / "broken/checkpoint.safetensors").exists()
-    again = _run_in_a_process(path, tmp_path / "broken")
-    assert again.wait(120) == 0
+    again = train(load_recipe(path), tmp_path / "broken", threads=1)
     for stage in (0, 1):
         parts = [pd.read_csv(tmp_path / f"broken/log/stage-{stage}/{name}.csv") for name in ("metrics-0", "metrics")]
         assert parts[0].epoch.min() == 0
         assert parts[1].epoch.min() > 0, "it went on"
     a, b = _weights(tmp_path / "whole"), _weights(tmp_path / "broken")
     assert all(torch.equal(a[k], b[k]) for k in a)
-    done = [json.loads((tmp_path / name / "done.json").read_text()) for name in ("whole", "broken")]
-    assert [d["g_iou"] for d in done] == [done[0]["g_iou"]] * 2
-    assert [d["epochs"] for d in done] == [done[0]["epochs"]] * 2
+    assert (again.validation_g_iou, again.epochs) == (whole.validation_g_iou, whole.epochs)
 
 
 def test_a_full_disk_stops_a_training_that_goes_on_when_there_is_room(recipe, tmp_path):
