@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import dask
-from dask.distributed import Client, LocalCluster, as_completed
+from dask.distributed import Client, LocalCluster, Nanny, Status, as_completed
 from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
 
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 # Dask tells workers' allocator to give every freed 64 KiB back to the system, so that each array of each step is mapped,
 # zeroed and unmapped anew. These keep what is used again and again, in few arenas: each thread's own would keep its own.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": 256 << 20, "MALLOC_MMAP_THRESHOLD_": 32 << 20, "MALLOC_ARENA_MAX": 2}
+
+# A local worker that died is started anew by its nanny, however long a busy machine takes; after 15 s Dask would close
+# both for good, and a cluster without workers waits for ever.
+PATIENCE = {"distributed.deploy.lost-worker-timeout": "1h"}
 
 
 class ClusterLostError(RoadFuseError, ConnectionError):
@@ -95,7 +100,7 @@ def open_cluster(spec: ClusterSpec) -> Iterator[Client]:
     environment = dask.config.get("distributed.nanny.pre-spawn-environ") | ALLOCATOR
     with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}):
         cluster = _local_cluster(spec, gpus)
-    with cluster, Client(cluster) as client:
+    with dask.config.set(PATIENCE), cluster, Client(cluster) as client:
         yield client
 
 
@@ -103,12 +108,40 @@ def _local_cluster(spec: ClusterSpec, gpus: int) -> Any:
     if gpus:
         from dask_cuda import LocalCUDACluster
 
-        return LocalCUDACluster(n_workers=spec.workers or gpus, dashboard_address="127.0.0.1:0")
+        return LocalCUDACluster(n_workers=spec.workers or gpus, dashboard_address="127.0.0.1:0", worker_class=_PatientNanny)
     workers = spec.workers or os.cpu_count() or 1
     return LocalCluster(
         n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
-        dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
+        dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL, worker_class=_PatientNanny,
     )  # fmt: skip
+
+
+class _PatientNanny(Nanny):
+    """Dask's keeper of a worker's process, mended where it could never be closed (distributed 2026.7)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._one_start = asyncio.Lock()
+
+    async def instantiate(self) -> Status:
+        """Start a worker when the start before it has ended.
+
+        A worker that dies as it starts is started anew, and the first start, still waiting for its worker's word, could
+        take that of the second, which then waited for ever.
+        """
+        async with self._one_start:
+            return self.status if self.status in (Status.closing, Status.closed) else await super().instantiate()
+
+    async def close(self, timeout: float = 5, reason: str = "nanny-close") -> Literal["OK"]:  # type: ignore[override]
+        """End the worker; one that takes longer than its time is killed, and its end awaited.
+
+        Dask awaits it for a second and raises, in the middle of closing.
+        """
+        try:
+            return await super().close(timeout, reason)
+        except TimeoutError:
+            self.status = Status.failed
+            return await super().close(timeout, reason)
 
 
 def run_jobs(

@@ -1,9 +1,15 @@
-"""Where work runs: what is counted, and who may connect."""
+"""Where work runs: what is counted, who may connect, and how it ends."""
 
 import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
+from dask.distributed import Status, WorkerPlugin
 
 from roadfuse_core.cluster import ALLOCATOR, open_cluster, run_jobs
 from roadfuse_core.settings import ClusterSpec
@@ -54,3 +60,57 @@ def test_an_error_becomes_a_result_where_it_may():
     with open_cluster(ClusterSpec(workers=1)) as client:
         for where in (None, client):
             assert run_jobs(where, double, [1, 3], "doubling", on_error=lambda job, error: -job) == [2, -3]
+
+
+class DiesAtStart(WorkerPlugin):
+    """Workers die as soon as the scheduler knows them, as long as there are lives to lose."""
+
+    def __init__(self, lives: Path) -> None:
+        self.lives = lives
+
+    def setup(self, worker):
+        left = int(self.lives.read_text())
+        self.lives.write_text(str(max(0, left - 1)))
+        if left:
+            os._exit(1)
+
+
+def test_workers_that_die_as_they_start_leave_a_cluster_that_works_and_closes(tmp_path):
+    lives = tmp_path / "lives"
+    lives.write_text("0")
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        client.register_plugin(DiesAtStart(lives))
+        (nanny,) = client.cluster.workers.values()
+        lives.write_text("4")
+        os.kill(nanny.pid, signal.SIGKILL)
+        assert client.submit(abs, -1).result() == 1
+        wait_for(lambda: nanny.process.status == Status.running)  # or it could never be closed
+
+
+def wait_for(law: Callable[[], Any], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not law():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_that_takes_long_to_start_anew_is_awaited():
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        (nanny,) = client.cluster.workers.values()
+        dead = nanny.pid
+        os.kill(dead, signal.SIGKILL)
+        wait_for(lambda: nanny.pid not in (None, dead))
+        os.kill(nanny.pid, signal.SIGSTOP)
+        time.sleep(20)  # Dask's own patience is 15 s
+        os.kill(nanny.pid, signal.SIGCONT)
+        assert client.submit(abs, -1).result(timeout=30) == 1
+        assert nanny.status == Status.running
+
+
+def test_a_worker_that_takes_long_to_end_is_awaited():
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        (nanny,) = client.cluster.workers.values()
+        worker = psutil.Process(nanny.pid)
+        assert client.cluster.sync(nanny.close, timeout=0) == "OK"
+        assert not worker.is_running()
