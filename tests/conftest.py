@@ -1,7 +1,10 @@
 """Shared cities: small, simulated once a session."""
 
+import errno
 import os
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 
 # Tests run side by side, one process a core: libraries that start a thread a core each would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +36,42 @@ def small_city(simulated: Path, tmp_path: Path) -> City:
         (tmp_path / name).symlink_to(simulated / name)
     (tmp_path / "old_map.gpkg").symlink_to(simulated / "old_map.gpkg")
     return load_city(tmp_path / "city.yaml")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A disk of a size, as `mount` writes it; called again, the same disk with more or less room."""
+    place = tmp_path / "disk"
+
+    def sized(size: str) -> Path:
+        again = ["remount"] if place.is_dir() else []
+        place.mkdir(exist_ok=True)
+        options = ",".join([*again, f"size={size}"])
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs needs root")
+        return place
+
+    yield sized
+    if place.is_mount():
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def fill() -> Callable[[Path], None]:
+    """Writes a file until the disk is full."""
+
+    def until_full(path: Path) -> None:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        try:
+            while True:
+                os.write(file, b"x" * 4096)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        finally:
+            os.close(file)
+
+    return until_full
 
 
 @pytest.fixture(scope="session")

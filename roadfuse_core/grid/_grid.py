@@ -81,11 +81,6 @@ class Grid:
         """Pixel (column, row) to metres."""
         return Affine(self.resolution_m, 0, self.bounds.left, 0, -self.resolution_m, self.bounds.top)
 
-    @property
-    def geobox(self) -> GeoBox:
-        """The grid as an odc-geo GeoBox."""
-        return GeoBox(self.shape, self.affine, self.crs)
-
     def window_geobox(self, row: int, col: int, height: int, width: int) -> GeoBox:
         """GeoBox of a pixel rectangle, which may reach past the grid's rim."""
         return GeoBox((height, width), self.affine @ Affine.translation(col, row), self.crs)

@@ -327,8 +327,8 @@ def run_stages(
     if recipe.precision == "bf16":  # in single precision, PyTorch's backward pass crashes on such weights on some CPUs
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for number, stage in enumerate(grounds.stages):
-        facts = _run_stage(RoadModule(network, recipe, number), grounds, stage, out, rank, tell or quiet)
-        epochs, score = epochs + facts["epochs"], facts["g_iou"]
+        score, ran = _run_stage(RoadModule(network, recipe, number), grounds, stage, out, rank, tell or quiet)
+        epochs += ran
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if rank.number:
@@ -339,26 +339,26 @@ def run_stages(
 
 def _run_stage(
     module: RoadModule, grounds: _Grounds, stage: tuple[Ground, ...], out: Path, rank: _Rank, tell: Progress
-) -> dict[str, Any]:
+) -> tuple[float, int]:
     """One stage, from its last whole epoch; leaves the network with its weights, and tells its score and epochs."""
     recipe, number = module.recipe, module.stage
     folder = out / f"stage-{number}"
     weights, state, done = folder / f"{recipe.keep}.ckpt", folder / "last.ckpt", folder / "done.json"
     if not done.is_file():
-        trainer, best = _trainer(recipe, number, out, rank, tell)
+        trainer = _trainer(recipe, number, out, rank, tell)
         with warnings.catch_warnings():
             # Lightning's advice (workers, intervals of its log) is not for those who start a refresh.
             warnings.filterwarnings("ignore", module="lightning")
             trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer),
                         ckpt_path=state if state.is_file() else None, weights_only=False)  # fmt: skip
-        score = best.best_model_score if recipe.keep == "best" else module.score
-        facts = {"g_iou": float(score or 0), "epochs": trainer.current_epoch}
+        epochs = trainer.current_epoch
         if not rank.number:
-            write_whole(done, json.dumps(facts))
+            write_whole(done, json.dumps(epochs))
     else:
-        facts = json.loads(done.read_text())
-    module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=False)["state_dict"])
-    return facts
+        epochs = json.loads(done.read_text())
+    held = torch.load(weights, map_location="cpu", weights_only=False)
+    module.load_state_dict(held["state_dict"])
+    return held["score"], epochs
 
 
 def _loaders(
@@ -381,18 +381,20 @@ def _loaders(
     return teaching, deciding
 
 
-def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress) -> tuple[Trainer, ModelCheckpoint]:
+def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress) -> Trainer:
     folder = out / f"stage-{stage}"
     after: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}  # after every validation
-    best = ModelCheckpoint(folder, "best", monitor="g_iou", mode="max", save_top_k=int(recipe.keep == "best"), **after)
-    # The state to go on from is a callback of its own, and the last: it holds what the others have just noted. With
+    callbacks: list[Callback] = [_Teller(tell, recipe.stages[stage].epochs, stage)]
+    if recipe.keep == "best":
+        callbacks.append(ModelCheckpoint(folder, "best", monitor="g_iou", mode="max", **after))
+    # The state to go on from is a callback of its own, and the last of them: it holds what the others have just noted. With
     # `save_last`, Lightning writes it only at epochs that are among the best.
-    state = ModelCheckpoint(folder, "last", **after)
-    callbacks: list[Callback] = [_Teller(tell, recipe.stages[stage].epochs, stage), best, state]
+    callbacks.append(ModelCheckpoint(folder, "last", **after))
     if recipe.patience:
         callbacks.append(EarlyStopping("g_iou", mode="max", patience=recipe.patience, check_on_train_epoch_end=False))
+    _keep_log(out / "log" / f"stage-{stage}")
     logger = [
-        CSVLogger(_keep_log(out, f"stage-{stage}"), name="log", version=f"stage-{stage}"),
+        CSVLogger(out, name="log", version=f"stage-{stage}"),
         TensorBoardLogger(out, name="tensorboard", version=f"stage-{stage}"),
     ]
     several: dict[str, Any] = {}
@@ -408,15 +410,13 @@ def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress)
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10,
         default_root_dir=out, plugins=[_WholeFiles()], **several,
     )  # fmt: skip
-    return trainer, best
+    return trainer
 
 
-def _keep_log(out: Path, version: str) -> Path:
+def _keep_log(folder: Path) -> None:
     """The log of a run that was killed gets a number, or Lightning would remove it."""
-    log_of, held = out / "log" / version / "metrics.csv", len(list((out / "log" / version).glob("metrics-*.csv")))
-    if log_of.is_file():
-        log_of.rename(log_of.with_name(f"metrics-{held}.csv"))
-    return out
+    if (folder / "metrics.csv").is_file():
+        (folder / "metrics.csv").rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv')))}.csv")
 
 
 class _WholeFiles(TorchCheckpointIO):

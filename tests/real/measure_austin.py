@@ -10,6 +10,7 @@ import argparse
 import json
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rasterio
@@ -66,23 +67,39 @@ def arterials(grid: Grid) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return row[inside], col[inside]
 
 
-def measure(city: City, weights: str, tile: NDArray[np.bool_], buildings: NDArray[np.bool_], picture: Path) -> dict[str, float]:
+class Scene(NamedTuple):
+    """What maps are held against, on the pixels of the grid: image, where it is, buildings, and places on arterials."""
+
+    image: NDArray[np.uint8]
+    tile: NDArray[np.bool_]
+    buildings: NDArray[np.bool_]
+    arterials: tuple[NDArray[np.intp], NDArray[np.intp]]
+
+
+def look(city: City, out: Path) -> Scene:
+    """Read it all."""
+    grid = city.make_grid()
+    image, tile = ImageryReader(city.imagery, find_imagery(city), grid).window(0, 0, *grid.shape)
+    buildings = on_grid(placed("inria_austin29_gt_buildings_5000px.png", out / "buildings.tif"), grid) > 0
+    row, col = arterials(grid)
+    return Scene(image, tile, buildings, (row[tile[row, col]], col[tile[row, col]]))
+
+
+def measure(city: City, weights: str, scene: Scene, picture: Path) -> dict[str, float]:
     """Refresh, draw and measure, inside the aerial tile alone."""
     grid = city.make_grid()
     infer(city, weights, "score", full=True)
-    road = (MapReader(city, "score").window("road", 0, 0, *grid.shape) == 1) & tile
-    image, _ = ImageryReader(city.imagery, find_imagery(city), grid).window(0, 0, *grid.shape)
-    shown = image.transpose(1, 2, 0) / 2
-    for pixels, colour in ((buildings, (90, 90, 255)), (road, (255, 110, 0)), (road & buildings, (255, 255, 0))):
+    road = (MapReader(city, "score").window("road", 0, 0, *grid.shape) == 1) & scene.tile
+    wrong = road & scene.buildings
+    shown = scene.image.transpose(1, 2, 0) / 2
+    for pixels, colour in ((scene.buildings, (90, 90, 255)), (road, (255, 110, 0)), (wrong, (255, 255, 0))):
         shown[pixels] = shown[pixels] * 0.5 + np.array(colour) * 0.5
     Image.fromarray(shown.astype(np.uint8)).save(picture)
-    row, col = arterials(grid)
-    row, col = row[tile[row, col]], col[tile[row, col]]
     far = ndimage.distance_transform_edt(~road) * grid.resolution_m
     return {
-        "arterial recall": round(float(np.mean(far[row, col] <= REACH_M)), 3),
-        "of road on buildings": round(float((road & buildings).sum() / max(1, road.sum())), 4),
-        "of tile is road": round(float(road.sum() / tile.sum()), 4),
+        "arterial recall": round(float(np.mean(far[scene.arterials] <= REACH_M)), 3),
+        "of road on buildings": round(float(wrong.sum() / max(1, road.sum())), 4),
+        "of tile is road": round(float(road.sum() / scene.tile.sum()), 4),
     }
 
 
@@ -96,14 +113,12 @@ def main() -> None:
     (out / "work/austin").mkdir(parents=True, exist_ok=True)
     placed("inria_austin29_1024px.png", out / "work/austin/aerial.tif")  # where austin.yaml says
     city = lay(out, "austin")
-    grid = city.make_grid()
-    buildings = on_grid(placed("inria_austin29_gt_buildings_5000px.png", out / "buildings.tif"), grid) > 0
-    _, tile = ImageryReader(city.imagery, find_imagery(city), grid).window(0, 0, *grid.shape)
+    scene = look(city, out)
     turned = city.model_copy(update={"model": city.model.model_copy(update={"turns": True})})
     models = [(w, city, w) for w in a.weights] + [(f"{w}, eight turns", turned, w) for w in a.weights] + [("kde", city, "kde")]
     for what, chosen, weights in models:
         name = what.replace(",", "").replace(" ", "-").replace("/", "-")
-        found = measure(chosen, weights, tile, buildings, out / f"{name}.png")
+        found = measure(chosen, weights, scene, out / f"{name}.png")
         print(json.dumps({"model": what} | found), flush=True)
 
 

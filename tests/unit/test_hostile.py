@@ -1,6 +1,5 @@
 """Hostile dumps and full disks: one line with what, where and the fix, and a cube exactly as before."""
 
-import errno
 import os
 import subprocess
 import sys
@@ -152,42 +151,19 @@ def test_a_file_without_permission(city):
         ingest(city, [path.name])
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 3 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write until the disk is full."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT)
-    try:
-        while True:
-            os.write(file, b"x" * 4096)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-    finally:
-        os.close(file)
-
-
-def test_a_full_disk_leaves_the_cube_as_it_was(city, small_disk):
-    full = city.model_copy(update={"workspace": str(small_disk / "work")})
+def test_a_full_disk_leaves_the_cube_as_it_was(city, small_disk, fill):
+    disk = small_disk("3m")
+    full = city.model_copy(update={"workspace": str(disk / "work")})
     ingest(full)
     before = state(full)
     write(city.root / "large.parquet", 6, 200_000)
-    fill(small_disk / "filler")
+    fill(disk / "filler")
     for free in (0, 100_000, 400_000):  # runs out while mapping, and later
-        os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - free)
+        os.truncate(disk / "filler", (disk / "filler").stat().st_size - free)
         with pytest.raises(StoreError, match=r"cannot be written .*o space.*run again"):
             ingest(full, ["large.parquet"])
         assert state(full) == before
-    (small_disk / "filler").unlink()
+    (disk / "filler").unlink()
     assert ingest(full, ["large.parquet"])["rows"] == 200_000
 
 
