@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roadfuse_core.cubes import Layer
 from roadfuse_core.errors import ConfigError
-from roadfuse_core.models import Prediction, load_checkpoint, read_checkpoint_info
+from roadfuse_core.models import Prediction, fold_norms, load_checkpoint, read_checkpoint_info
 from roadfuse_core.settings import City
 
 __all__ = [
@@ -193,7 +193,7 @@ class NetworkPredictor:
             facts.planes,
         )
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = fold_norms(network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def prepare(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """On a CPU normalised and in its precision: a pixel lies in several windows. To a GPU bytes travel."""

@@ -4,6 +4,7 @@ from roadfuse_core.models._base import Network, Prediction
 from roadfuse_core.models._checkpoint import CheckpointInfo, load_checkpoint, read_checkpoint_info, save_checkpoint
 from roadfuse_core.models._config import PRESETS, NetworkConfig, Preset, preset
 from roadfuse_core.models._describe import Description, describe
+from roadfuse_core.models._folding import fold_norms
 from roadfuse_core.models._losses import LOSSES, deep_loss, road_distance
 from roadfuse_core.models._network import build_network
 from roadfuse_core.models._pretrained import load_resnet_weights
@@ -20,6 +21,7 @@ __all__ = [
     "build_network",
     "deep_loss",
     "describe",
+    "fold_norms",
     "load_checkpoint",
     "load_resnet_weights",
     "preset",

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 from pyproj import Transformer
 
@@ -40,10 +41,12 @@ def make_city(folder: Path, size_m: float, seed: int = 8, **knobs) -> City:
     return city
 
 
-def bare(city: City, windows: int) -> float:
-    """Seconds of the forward passes alone, on inputs at hand."""
+def bare(city: City, windows: int, folded: bool = True) -> float:
+    """Seconds of the forward passes alone, on inputs at hand; with norms as they were trained, or in their convolutions."""
     plan = plan_refresh(city)
     predictor = load_predictor(plan.model, city.grid.resolution_m)
+    if not folded:
+        predictor.network = load_checkpoint(plan.model.path)[0].to(predictor.device, memory_format=torch.channels_last)
     n, size = plan.calibration.batch, predictor.window_px
     rng = np.random.default_rng(0)
     inputs = predictor.prepare({
@@ -96,14 +99,16 @@ def show_ratios(city: City, folder: Path, runs: int, only: list[str]) -> None:
         a, b, r = ratio(with_model(small, weights=str(full_size(folder)), precision="bf16"), max(1, runs // 3))
         print(f"CMMPNet-D-LinkNet34, bf16 {a:6.2f} windows/s of {b:6.2f} bare: {r:.2f} (target 0.95)")
     if "bf16" in only:
-        seconds, iou = {}, {}
+        seconds, iou, plain = {}, {}, {}
         for precision in ("32", "bf16"):
             chosen = with_model(city, precision=precision, batch=4)
-            seconds[precision] = min(bare(chosen, 64) for _ in range(max(2, runs)))
+            times = [(bare(chosen, 64), bare(chosen, 64, folded=False)) for _ in range(max(2, runs))]
+            seconds[precision], plain[precision] = (min(t) for t in zip(*times, strict=True))
             infer(chosen, full=True)
             iou[precision] = score_city(chosen)["all"]["g_iou"]
         gain, change = seconds["32"] / seconds["bf16"], abs(iou["32"] - iou["bf16"])
         print(f"bf16 against float32: {gain:.2f} × (target 2), g_iou changes by {change:.5f} (target 0.001)")
+        print("norms folded: " + ", ".join(f"{plain[p] / seconds[p]:.2f} × in {p}" for p in seconds))
 
 
 def show_change(folder: Path, tiles: int = 1600) -> None:

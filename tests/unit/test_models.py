@@ -18,12 +18,14 @@ from roadfuse_core.models import (
     build_network,
     deep_loss,
     describe,
+    fold_norms,
     load_checkpoint,
     load_resnet_weights,
     preset,
     read_checkpoint_info,
     save_checkpoint,
 )
+from roadfuse_core.models._blocks import Affine
 from roadfuse_core.models._encoder import ResNetEncoder
 
 SEQUENCES = Path(__file__).with_name("presets.json")
@@ -98,6 +100,19 @@ class TestEveryPreset:
                 assert torch.isfinite(absent.logits).all()
                 mixed = network(x, {gone: torch.tensor([0.0, 1.0])}).logits
                 assert torch.allclose(mixed[:1], absent.logits[:1], atol=1e-4 * max(1.0, float(mixed.abs().max())))
+
+    def test_folded_norms_change_nothing_but_rounding(self, name):
+        network = settled(name).double().requires_grad_(False)
+        for p in network.parameters():  # what begins at zero has its say too
+            p += 0.01 * torch.randn_like(p)
+        for forest in network.forests.values() if name == "rfnorm-lidar" else ():  # unfitted ones say the same everywhere
+            forest.value.normal_()
+            forest.threshold.normal_()
+        x = {k: v.double() for k, v in inputs(network.config, 2, 64, 64).items()}
+        plain = network(x)
+        folded = fold_norms(network)(x)
+        for a, b in zip(every_output(plain), every_output(folded), strict=True):
+            assert torch.allclose(a, b, rtol=1e-7, atol=1e-7 * max(1.0, float(a.abs().max())))
 
     def test_bfloat16_is_finite(self, name):
         network = settled(name)
@@ -305,6 +320,12 @@ def test_ablations_of_the_enhancement_module(messages, gates, levels):
     out = network(inputs(network.config, 2, 64, 64)).logits
     out.square().mean().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["roadfuse", "cmmpnet-d-linknet34", "d-linknet34", "deepdualmapper"])
+def test_no_norm_is_left_after_folding(name):
+    left = [n for n, part in fold_norms(settled(name)).named_modules() if isinstance(part, nn.BatchNorm2d | Affine)]
+    assert not left
 
 
 def test_gates_leave_the_network():
