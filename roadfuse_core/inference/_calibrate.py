@@ -70,7 +70,7 @@ def calibrate(
     measured = {n: _window_seconds(predictor, sample, n) for n in sizes}
     fastest = min(measured.values())
     batch = next(n for n in sizes if measured[n] * ENOUGH <= fastest)
-    found = Calibration(device_name(), batch, precision, measured[batch], changed, _network_bytes(predictor, batch))
+    found = Calibration(device_name(), batch, precision, measured[batch], changed, _network_bytes(predictor, sample, batch))
     log.info("%s on %s: batch %d, %s, %.1f ms a window", ref.path.stem, found.device, batch, precision, 1e3 * measured[batch])
     write_whole(path, json.dumps(asdict(found)))
     return found
@@ -112,20 +112,20 @@ def _window_seconds(predictor: Predictor, sample: dict[str, NDArray[Any]], batch
     return best
 
 
-def _network_bytes(predictor: Predictor, batch: int) -> int:
+def _network_bytes(predictor: Predictor, sample: dict[str, NDArray[Any]], batch: int) -> int:
     """Weights, and the largest outputs of a forward pass that are held together, roughly."""
     network: nn.Module | None = getattr(predictor, "network", None)
     if network is None:
         return 0
     weights = sum(p.numel() * 4 for p in network.parameters())
-    sizes: list[int] = []
-    hooks = [m.register_forward_hook(lambda _m, _i, o: sizes.append(o.numel() * 4) if isinstance(o, Tensor) else None)
-             for m in network.modules() if not list(m.children())]  # fmt: skip
-    size = predictor.window_px
-    with torch.inference_mode():
-        device = next(network.parameters()).device
-        config: dict[str, int] = network.config.modalities  # type: ignore[assignment,union-attr]
-        network({n: torch.zeros(1, c, size, size, device=device) for n, c in config.items()})
+    sizes: dict[nn.Module, int] = {}
+
+    def note(part: nn.Module, _: object, made: object) -> None:
+        if isinstance(made, Tensor):
+            sizes[part] = made.numel() * 4
+
+    hooks = [m.register_forward_hook(note) for m in network.modules() if not list(m.children())]
+    predictor.predict({k: v[:1] for k, v in predictor.prepare(sample).items()})
     for hook in hooks:
         hook.remove()
-    return 2 * weights + batch * sum(sorted(sizes)[-8:])
+    return 2 * weights + batch * sum(sorted(sizes.values())[-8:])

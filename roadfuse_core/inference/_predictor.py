@@ -17,7 +17,7 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from roadfuse_core.cubes import Layer
 from roadfuse_core.errors import ConfigError
@@ -193,7 +193,10 @@ class NetworkPredictor:
             facts.planes,
         )
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        self.network = fold_norms(network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for part in fold_norms(network).modules():
+            if ref.precision == "bf16" and isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                part.to(torch.bfloat16)  # as autocast would anew for every batch
+        self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def prepare(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """On a CPU normalised and in its precision: a pixel lies in several windows. To a GPU bytes travel."""

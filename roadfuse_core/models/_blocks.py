@@ -16,6 +16,7 @@ __all__ = [
     "ResidualUnit",
     "conv_bn_relu",
     "initialise",
+    "max_pool_3x3",
     "resize",
     "upsampler",
     "without_norms",
@@ -33,6 +34,21 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, dilati
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """Bilinear, to the height and width of another map."""
     return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def max_pool_3x3(x: Tensor) -> Tensor:
+    """Max-pooling of 3×3 at stride 2, past the rim by a pixel; (N, C, H, W) → (N, C, ⌈H/2⌉, ⌈W/2⌉).
+
+    For predictions on a CPU rows and then columns are compared as a whole: exactly the same, and several times faster for
+    the few channels of compact networks, where PyTorch's loop over the pixels does not fill its vectors.
+    """
+    if x.requires_grad or x.device.type != "cpu" or x.shape[-2] % 2 or x.shape[-1] % 2:
+        return F.max_pool2d(x, 3, 2, 1)
+    rows = torch.maximum(x[..., 0::2, :], x[..., 1::2, :])
+    rows[..., 1:, :] = torch.maximum(rows[..., 1:, :], x[..., 1:-1:2, :])
+    both = torch.maximum(rows[..., 0::2], rows[..., 1::2])
+    both[..., 1:] = torch.maximum(both[..., 1:], rows[..., 1:-1:2])
+    return both
 
 
 class Affine(nn.Module):
@@ -175,9 +191,9 @@ class LinkNetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output."""
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.relu(self.norm2(self.deconv2(x)))  # (N, C/4, 2H, 2W)
-        return F.relu(self.norm3(self.conv3(x)))
+        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        x = F.relu(self.norm2(self.deconv2(x)), inplace=True)  # (N, C/4, 2H, 2W)
+        return F.relu(self.norm3(self.conv3(x)), inplace=True)
 
 
 def initialise(module: nn.Module) -> None:

@@ -27,7 +27,7 @@ class DilatedCentre(nn.Module):
         """Sum of the cascade."""
         total, y = x, x
         for layer in self.dilated:
-            y = F.relu(layer(y))
+            y = F.relu(layer(y), inplace=True)
             total = total + y
         return total
 

@@ -74,7 +74,7 @@ class LinkNetHead(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(N, middle, 2H, 2W) before the logit."""
-        return F.relu(self.conv(F.relu(self.deconv(x))))
+        return F.relu(self.conv(F.relu(self.deconv(x), inplace=True)), inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""

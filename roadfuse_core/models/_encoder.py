@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from roadfuse_core.models._blocks import DoubleConv, ResidualUnit, conv_bn_relu
+from roadfuse_core.models._blocks import DoubleConv, ResidualUnit, conv_bn_relu, max_pool_3x3
 
 __all__ = [
     "BasicBlock",
@@ -96,7 +96,6 @@ class ResNetEncoder(Encoder):
         self.conv1 = nn.Conv2d(c_in, widths[0], 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
         strides = (1, 2, 2, last_stride)
         before = widths[0]
         for number, (channels, depth) in enumerate(zip(widths, RESNET_DEPTHS[kind], strict=True)):
@@ -112,7 +111,7 @@ class ResNetEncoder(Encoder):
         if number == 0:
             x = self.conv1(x)
             x = x if stem is None else x + stem
-            x = self.maxpool(self.relu(self.bn1(x)))  # (N, C, H/4, W/4)
+            x = max_pool_3x3(self.relu(self.bn1(x)))  # (N, C, H/4, W/4)
         return self.get_submodule(f"layer{number + 1}")(x), None
 
 

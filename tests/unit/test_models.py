@@ -25,7 +25,7 @@ from roadfuse_core.models import (
     read_checkpoint_info,
     save_checkpoint,
 )
-from roadfuse_core.models._blocks import Affine
+from roadfuse_core.models._blocks import Affine, max_pool_3x3
 from roadfuse_core.models._encoder import ResNetEncoder
 
 SEQUENCES = Path(__file__).with_name("presets.json")
@@ -320,6 +320,16 @@ def test_ablations_of_the_enhancement_module(messages, gates, levels):
     out = network(inputs(network.config, 2, 64, 64)).logits
     out.square().mean().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(2, 2), (2, 8), (64, 38), (7, 8), (5, 5)])
+def test_pooling_by_rows_and_columns_is_pooling(size, layout, dtype):
+    x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0)).to(dtype).contiguous(memory_format=layout)
+    pooled = torch.nn.functional.max_pool2d(x, 3, 2, 1)
+    assert torch.equal(max_pool_3x3(x), pooled)
+    assert torch.equal(max_pool_3x3(x.requires_grad_()), pooled)
 
 
 @pytest.mark.parametrize("name", ["roadfuse", "cmmpnet-d-linknet34", "d-linknet34", "deepdualmapper"])
