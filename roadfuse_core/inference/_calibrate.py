@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Calibration:
         window_s: Seconds of a window in such a batch.
         changed: Share of pixels that bf16 moved across one half; 0 where it was not tried.
         network_bytes: Memory of the weights and of what a forward pass holds, roughly.
+        software: Versions of what computes; after an upgrade other batches may be fastest, and answers round otherwise.
     """
 
     device: str
@@ -46,6 +48,7 @@ class Calibration:
     window_s: float
     changed: float
     network_bytes: int
+    software: dict[str, str]
 
 
 def calibrate(
@@ -61,8 +64,9 @@ def calibrate(
         folder: Of calibrations.
     """
     asked = f"{ref.digest}-{device_name().replace(' ', '-')}-{spec.precision}-{spec.batch or 'auto'}{'-turns' * ref.turns}"
-    path = folder / f"{asked}.json"
-    if path.is_file() and (held := json.loads(path.read_text())).keys() == Calibration.__annotations__.keys():
+    path, software = folder / f"{asked}.json", {name: version(name) for name in ("roadfuse", "torch", "rasterio")}
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    if held.keys() == Calibration.__annotations__.keys() and held["software"] == software:
         return Calibration(**held)
     precision, changed = _precision(ref, spec, resolution_m, sample)
     predictor = load_predictor(ref.model_copy(update={"precision": precision}), resolution_m)
@@ -70,7 +74,8 @@ def calibrate(
     measured = {n: _window_seconds(predictor, sample, n) for n in sizes}
     fastest = min(measured.values())
     batch = next(n for n in sizes if measured[n] * ENOUGH <= fastest)
-    found = Calibration(device_name(), batch, precision, measured[batch], changed, _network_bytes(predictor, sample, batch))
+    memory = _network_bytes(predictor, sample, batch)
+    found = Calibration(device_name(), batch, precision, measured[batch], changed, memory, software)
     log.info("%s on %s: batch %d, %s, %.1f ms a window", ref.path.stem, found.device, batch, precision, 1e3 * measured[batch])
     write_whole(path, json.dumps(asdict(found)))
     return found

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +194,7 @@ def _identity(
         "grid": asdict(evidence.grid), "imagery": {k: v for k, v in (settings or {}).items() if k != "sources"},
         "model": model.digest, "turns": model.turns, "precision": calibration.precision, "batch": calibration.batch,
         "device": calibration.device, "window_px": lattice.window_px, "stride_px": lattice.stride_px, "threshold": threshold,
-        "points": evidence.cubes is not None, "software": {name: version(name) for name in ("roadfuse", "torch", "rasterio")},
+        "points": evidence.cubes is not None, "software": calibration.software,
     }  # fmt: skip
     return {"fixed": fixed, "snapshot": evidence.snapshot, "images": [[*file, list(box)] for file, box in images]}
 
