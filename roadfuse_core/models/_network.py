@@ -409,8 +409,8 @@ class RoadFuse(Network):
             y[n] = branch.encoder.stage(k, y[n])[0]  # type: ignore[union-attr,operator]
             wide.append(self.widen[n][k](y[n]))  # type: ignore[index]
         raw = self.decide[k](torch.cat(wide, 1))
-        gates = torch.softmax(torch.where(there > 0, raw, raw.new_full((), -1e4)), 1).to(raw.dtype)
-        weighed = [gates[:, m : m + 1] * own for m, own in enumerate(wide[1:], 1)]
+        gates = torch.softmax(torch.where(there > 0, raw, raw.new_full((), -1e4)).float(), 1)
+        weighed = [(gates[:, m : m + 1] * own).to(own.dtype) for m, own in enumerate(wide[1:], 1)]
         fused = F.relu(sum(weighed, wide[0]), inplace=True)
         for n in self.slim:
             if k < len(self.tell[n]):  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from tests.benchmarks import inference, points, training
 
 if __name__ == "__main__":
+    inference.as_workers_run()
     points.main()
     inference.main()
     training.main()

@@ -20,7 +20,7 @@ import torch
 import yaml
 from pyproj import Transformer
 
-from roadfuse_core.cluster import open_cluster
+from roadfuse_core.cluster import ALLOCATOR, open_cluster
 from roadfuse_core.cubes import ingest
 from roadfuse_core.grid import Lattice
 from roadfuse_core.inference import infer, load_predictor, plan_refresh
@@ -89,7 +89,7 @@ def full_size(folder: Path) -> Path:
 
 
 def show_ratios(city: City, folder: Path, runs: int, only: list[str]) -> None:
-    """Throughput, and bf16 against float32."""
+    """Throughput."""
     if "compact" in only:
         for precision in ("32", "bf16"):
             a, b, r = ratio(with_model(city, precision=precision), runs)
@@ -98,17 +98,26 @@ def show_ratios(city: City, folder: Path, runs: int, only: list[str]) -> None:
         small = make_city(folder / "small", 768.0)
         a, b, r = ratio(with_model(small, weights=str(full_size(folder)), precision="bf16"), max(1, runs // 3))
         print(f"CMMPNet-D-LinkNet34, bf16 {a:6.2f} windows/s of {b:6.2f} bare: {r:.2f} (target 0.95)")
-    if "bf16" in only:
-        seconds, iou, plain = {}, {}, {}
-        for precision in ("32", "bf16"):
-            chosen = with_model(city, precision=precision, batch=4)
-            times = [(bare(chosen, 64), bare(chosen, 64, folded=False)) for _ in range(max(2, runs))]
-            seconds[precision], plain[precision] = (min(t) for t in zip(*times, strict=True))
-            infer(chosen, full=True)
-            iou[precision] = score_city(chosen)["all"]["g_iou"]
-        gain, change = seconds["32"] / seconds["bf16"], abs(iou["32"] - iou["bf16"])
-        print(f"bf16 against float32: {gain:.2f} × (target 2), g_iou changes by {change:.5f} (target 0.001)")
-        print("norms folded: " + ", ".join(f"{plain[p] / seconds[p]:.2f} × in {p}" for p in seconds))
+
+
+def show_precision(city: City, runs: int) -> None:
+    """bf16 against float32, each in its best batch, and norms folded against not; medians of paired runs."""
+    cities = {precision: with_model(city, precision=precision) for precision in ("32", "bf16")}
+    times: dict[tuple[str, bool], list[float]] = {(p, folded): [] for p in cities for folded in (True, False)}
+    for _ in range(runs):
+        for (precision, folded), seconds in times.items():
+            seconds.append(bare(cities[precision], 64, folded))
+    iou = []
+    for chosen in cities.values():
+        infer(chosen, full=True)
+        iou.append(score_city(chosen)["all"]["g_iou"])
+
+    def gain(slow: tuple[str, bool], fast: tuple[str, bool]) -> float:
+        return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+    print(f"bf16 against float32: {gain(('32', True), ('bf16', True)):.2f} × (target 2), "
+          f"g_iou changes by {abs(iou[0] - iou[1]):.5f} (target 0.001)")  # fmt: skip
+    print("norms folded: " + ", ".join(f"{gain((p, False), (p, True)):.2f} × in {p}" for p in cities))
 
 
 def show_change(folder: Path, tiles: int = 1600) -> None:
@@ -225,6 +234,12 @@ def show_orchestration(city: City) -> None:
         print(f"orchestration: {1e3 * (time.perf_counter() - began) / windows:.2f} ms a window of {windows:,} (target 1)")
 
 
+def as_workers_run() -> None:
+    """Begin this process again with the allocator's settings of workers, if they are not set: they are read at its start."""
+    if missing := {k: str(v) for k, v in ALLOCATOR.items() if k not in os.environ}:
+        os.execve(sys.executable, sys.orig_argv, os.environ | missing)
+
+
 def main() -> None:
     """Print a line for each target."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -238,6 +253,8 @@ def main() -> None:
         folder = Path(text)
         city = make_city(folder / "city", a.size)
         show_ratios(city, folder, a.runs, only)
+        if "bf16" in only:
+            show_precision(city, a.runs)
         if "change" in only:
             show_change(folder)
         if "memory" in only:
@@ -249,4 +266,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    as_workers_run()
     main()
