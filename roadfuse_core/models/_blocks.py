@@ -39,8 +39,8 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 def max_pool_3x3(x: Tensor) -> Tensor:
     """Max-pooling of 3×3 at stride 2, past the rim by a pixel; (N, C, H, W) → (N, C, ⌈H/2⌉, ⌈W/2⌉).
 
-    For predictions on a CPU rows and then columns are compared as a whole: exactly the same, and several times faster for
-    the few channels of compact networks, where PyTorch's loop over the pixels does not fill its vectors.
+    For predictions on a CPU rows and then columns are compared as a whole: exactly the same, and faster for the few
+    channels of compact networks, where PyTorch's loop over the pixels does not fill its vectors.
     """
     if x.requires_grad or x.device.type != "cpu" or x.shape[-2] % 2 or x.shape[-1] % 2:
         return F.max_pool2d(x, 3, 2, 1)

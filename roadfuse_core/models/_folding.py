@@ -21,7 +21,7 @@ Norm = nn.BatchNorm2d | Affine
 def fold_norms(network: Network) -> Network:
     """Give every convolution the factor and the shift of the norm that follows it, which then does nothing.
 
-    In eval mode both are linear: the answers are the same but for rounding (Markuš 2018), with a pass over the features
+    In eval mode both are linear: the answers are the same but for rounding, with a pass over the features
     less for each norm. Which norm follows which convolution is seen in a forward pass.
 
     Args:

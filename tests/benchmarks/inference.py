@@ -89,7 +89,7 @@ def full_size(folder: Path) -> Path:
 
 
 def show_ratios(city: City, folder: Path, runs: int, only: list[str]) -> None:
-    """Throughput."""
+    """Windows a second of the engine, and of the bare forward pass."""
     if "compact" in only:
         for precision in ("32", "bf16"):
             a, b, r = ratio(with_model(city, precision=precision), runs)
