@@ -1,7 +1,8 @@
-"""Make the shipped networks: python scripts/train_weights.py OUT [--only fused,image,gps].
+"""Make the shipped networks: python scripts/train_weights.py OUT [--only fused,image,gps] [--beside RECIPE.yaml …].
 
 The recipes lie in roadfuse_core/weights; the seeds of the cities are these. What is done stays done: run
-it again after a crash. Test cities are those of the comparison, and are only scored.
+it again after a crash. Test cities are those of the comparison, and are only scored. Recipes given beside are
+trained on the same cities, into OUT/runs alone.
 """
 
 import argparse
@@ -27,17 +28,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="fused,image,gps")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="recipes that are trained and not shipped")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw cities")
     parser.add_argument("--threads", type=int, help="of PyTorch; by default all cores")
     a = parser.parse_args()
     draw_cities(a.out, CITIES, a.workers)
-    for name in a.only.split(","):
-        recipe = a.out / f"{name}.yaml"
-        shutil.copyfile(WEIGHTS / recipe.name, recipe)
-        done = train(load_recipe(recipe), a.out / "runs" / name, show, a.threads)
-        for suffix in (".safetensors", ".json"):
-            shutil.copyfile(done.checkpoint.with_suffix(suffix), WEIGHTS / f"{name}{suffix}")
-        print(f"{name}: g_iou of the validation city {done.validation_g_iou:.3f}")
+    shipped = [WEIGHTS / f"{name}.yaml" for name in a.only.split(",") if name]
+    for source in [*shipped, *a.beside]:
+        recipe = a.out / source.name
+        shutil.copyfile(source, recipe)
+        done = train(load_recipe(recipe), a.out / "runs" / recipe.stem, show, a.threads)
+        for suffix in (".safetensors", ".json") if source in shipped else ():
+            shutil.copyfile(done.checkpoint.with_suffix(suffix), source.with_suffix(suffix))
+        print(f"{recipe.stem}: g_iou of the validation city {done.validation_g_iou:.3f}")
 
 
 if __name__ == "__main__":
