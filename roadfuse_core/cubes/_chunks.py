@@ -8,6 +8,7 @@ test reads and writes the same chunks through Zarr.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -57,11 +58,17 @@ class Chunks:
 
     def read(self, path: str, place: tuple[int, ...]) -> NDArray[Any] | None:
         """A chunk, read-only, flat; None where there is none."""
-        array = self.array(path)
-        raw = sync(self.store.get(self._key(path, place), _PROTOTYPE))
-        if raw is None:
-            return None
-        return np.frombuffer(_ZSTD.decode(raw.to_bytes()), array.dtype.newbyteorder("<"))
+        return self.read_all([(path, place)])[0]
+
+    def read_all(self, wanted: Sequence[tuple[str, tuple[int, ...]]]) -> list[NDArray[Any] | None]:
+        """Chunks by path and place, asked for together."""
+
+        async def get() -> list[Any]:
+            return await asyncio.gather(*(self.store.get(self._key(*one), _PROTOTYPE) for one in wanted))
+
+        dtypes = [self.array(path).dtype.newbyteorder("<") for path, _ in wanted]
+        found = zip(sync(get()), dtypes, strict=True)
+        return [None if raw is None else np.frombuffer(_ZSTD.decode(raw.to_bytes()), dtype) for raw, dtype in found]
 
     def write(self, path: str, place: tuple[int, ...], values: NDArray[Any]) -> bytes:
         """Encode a chunk now; it is stored at some time before `flush` returns. Returns the encoded chunk."""

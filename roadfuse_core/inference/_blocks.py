@@ -315,7 +315,7 @@ class AssembleJob:
     threshold: int = 127
 
 
-def assemble_block(job: AssembleJob) -> tuple[Any, int, int]:
+def assemble_block(job: AssembleJob) -> tuple[Any, NDArray[np.int64]]:
     """Add up what all blocks left over this one, and write its tiles where they differ from what stands.
 
     Returns:
@@ -331,13 +331,14 @@ def assemble_block(job: AssembleJob) -> tuple[Any, int, int]:
     ]
     road = np.where(made[0] == NODATA, NODATA, made[0] >= job.threshold).astype(np.uint8)
     layers = dict(zip((*job.planes, "road"), (*made, road), strict=True))
+    tiles = [(place, at) for place, at in _tiles(job.grid, block) if fresh[at].any()]
+    wanted = [(f"{job.group}/{name}", place, layers[name][at], fresh[at]) for place, at in tiles for name in layers]
+    held = chunks.read_all([(path, place) for path, place, *_ in wanted])
     grown = np.zeros(2, np.int64)
-    for place, at in _tiles(job.grid, block):
-        if fresh[at].any():
-            for name, values in layers.items():
-                grown += _write_tile(chunks, f"{job.group}/{name}", place, values[at], fresh[at], name == "road")
+    for (path, place, values, new), old in zip(wanted, held, strict=True):
+        grown += _write_tile(chunks, path, place, values, new, old)
     chunks.flush()
-    return job.session, int(grown[0]), int(grown[1])
+    return job.session, grown
 
 
 def _tiles(grid: Grid, block: Block) -> list[tuple[tuple[int, int], tuple[slice, slice]]]:
@@ -351,10 +352,10 @@ def _tiles(grid: Grid, block: Block) -> list[tuple[tuple[int, int], tuple[slice,
 
 
 def _write_tile(
-    chunks: Chunks, path: str, place: tuple[int, int], values: NDArray[np.uint8], fresh: NDArray[np.bool_], road: bool
-) -> NDArray[np.int64]:
+    chunks: Chunks, path: str, place: tuple[int, int], values: NDArray[np.uint8], fresh: NDArray[np.bool_],
+    held: NDArray[np.uint8] | None,
+) -> NDArray[np.int64]:  # fmt: skip
     """Write a chunk if it changes; by how many pixels without data and of road grew, told for the road alone."""
-    held = chunks.read(path, place)
     old = np.full(values.shape, NODATA, np.uint8) if held is None else held.reshape(values.shape)
     new = np.where(fresh, values, old)
     if not np.array_equal(new, old):
@@ -362,6 +363,6 @@ def _write_tile(
             chunks.remove(path, place)
         else:
             chunks.write(path, place, new)
-    if not road:
+    if not path.endswith("/road"):
         return np.zeros(2, np.int64)
-    return np.array([np.sum(new == v, dtype=np.int64) - np.sum(old == v, dtype=np.int64) for v in (NODATA, 1)])
+    return np.array([np.count_nonzero(new == v) - np.count_nonzero(old == v) for v in (NODATA, 1)])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import icechunk
+import numpy as np
 import zarr
 from dask.distributed import Client, KilledWorker
 
@@ -36,7 +37,8 @@ from roadfuse_core.settings import City
 __all__ = ["IncompleteError", "infer", "published", "release", "rollback"]
 
 log = logging.getLogger(__name__)
-CHAIN = 8  # blocks of one job: the next is read while one is computed
+CHAIN_S = 10.0  # what a job takes about: blocks one after the other, where the next is read while one is computed
+READ_S = 0.1  # what a block takes at least
 
 
 class IncompleteError(RoadFuseError, RuntimeError):
@@ -96,9 +98,7 @@ def _predict(plan: RefreshPlan, jobs: Sequence[BlockJob], client: Client | None,
     """All blocks; those that fail once more, elsewhere, and window by window."""
     if client:
         client.register_plugin(LoadModel(plan.model, plan.evidence.grid.resolution_m))
-    workers = len(client.scheduler_info(n_workers=-1)["workers"]) if client else 1
-    length = max(1, min(CHAIN, len(jobs) // (3 * max(1, workers)))) if client else CHAIN
-    chains = [tuple(jobs[k : k + length]) for k in range(0, len(jobs), length)]
+    chains = _chains(plan, jobs, client)
     found = run_jobs(client, predict_chain, chains, "predicting windows", tell, _killed, amount=_windows, expected=plan.windows)
     reports = [report for chain in found for report in chain]
     again = [k for k, report in enumerate(reports) if report.failed]
@@ -110,6 +110,16 @@ def _predict(plan: RefreshPlan, jobs: Sequence[BlockJob], client: Client | None,
         for k, (report,) in zip(again, second, strict=True):
             reports[k] = report
     return reports
+
+
+def _chains(plan: RefreshPlan, jobs: Sequence[BlockJob], client: Client | None) -> list[tuple[BlockJob, ...]]:
+    """Blocks for about `CHAIN_S`, so that progress is seen with slow networks too, and at least three chains a worker."""
+    block_s = max(READ_S, plan.windows * plan.calibration.window_s / max(1, len(jobs)))
+    length = max(1, int(CHAIN_S / block_s))
+    if client:
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        length = max(1, min(length, len(jobs) // (3 * max(1, workers))))
+    return [tuple(jobs[k : k + length]) for k in range(0, len(jobs), length)]
 
 
 def _windows(reports: Sequence[BlockReport]) -> int:
@@ -276,8 +286,9 @@ def _assemble(
             )
     done = run_jobs(client, assemble_block, jobs, "writing the mosaic", tell)
     if done:
-        session.merge(*(d[0] for d in done))
-    return sum(d[1] for d in done), sum(d[2] for d in done)
+        session.merge(*(fork for fork, _ in done))
+    nodata, road = np.sum([np.zeros(2, np.int64), *(grown for _, grown in done)], 0)
+    return int(nodata), int(road)
 
 
 class _Neighbours:

@@ -75,11 +75,12 @@ class Network(nn.Module, ABC):
         there, padded = {}, {}
         for name, channels in self.config.modalities.items():
             x = inputs.get(name)
-            flag = shown.new_full((n,), float(x is not None))
-            if x is not None and present is not None and name in present:
-                flag = present[name].to(shown.dtype)
-            there[name] = flag.reshape(n, 1, 1, 1)
-            x = shown.new_zeros(n, channels, height, width) if x is None else x * there[name]
+            there[name] = shown.new_full((n, 1, 1, 1), float(x is not None))
+            if x is None:
+                x = shown.new_zeros(n, channels, height, width)
+            elif present is not None and name in present:
+                there[name] = present[name].to(shown.dtype).reshape(n, 1, 1, 1)
+                x = x * there[name]
             padded[name] = _pad(x, self.window_multiple)
         made = self.fuse(padded, there)
         return Prediction(made.logits[..., :height, :width], made.auxiliary, made.maps)

@@ -13,10 +13,12 @@ __all__ = [
     "Directional",
     "DoubleConv",
     "LinkNetBlock",
+    "ReLU",
     "ResidualUnit",
     "conv_bn_relu",
     "initialise",
     "max_pool_3x3",
+    "relu",
     "resize",
     "upsampler",
     "without_norms",
@@ -28,7 +30,30 @@ Up = Literal["transposed", "1d", "1d-released"]
 def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     """Convolution without bias that keeps the size at stride 1, batch norm, ReLU; (N, C_in, H, W) → (N, C_out, …)."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), ReLU())
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), in place.
+
+    For predictions on a CPU in bfloat16 by its bits as whole numbers, whose sign is the same: exactly the same, and several
+    times faster than by PyTorch's way through float32.
+    """
+    if x.requires_grad or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return F.relu(x, inplace=True)
+    x.view(torch.int16).clamp_min_(0)
+    return x
+
+
+class ReLU(nn.ReLU):
+    """`relu` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__(inplace=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """max(input, 0), in place."""
+        return relu(input)
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
@@ -92,7 +117,7 @@ class ResidualUnit(nn.Module):
             *norm,
             nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
             nn.BatchNorm2d(c_out),
-            nn.ReLU(inplace=True),
+            ReLU(),
             nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False),
         )
         self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
@@ -191,9 +216,9 @@ class LinkNetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output."""
-        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        x = F.relu(self.norm2(self.deconv2(x)), inplace=True)  # (N, C/4, 2H, 2W)
-        return F.relu(self.norm3(self.conv3(x)), inplace=True)
+        x = relu(self.norm1(self.conv1(x)))
+        x = relu(self.norm2(self.deconv2(x)))  # (N, C/4, 2H, 2W)
+        return relu(self.norm3(self.conv3(x)))
 
 
 def initialise(module: nn.Module) -> None:

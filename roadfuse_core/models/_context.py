@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from roadfuse_core.models._blocks import conv_bn_relu, resize
+from roadfuse_core.models._blocks import conv_bn_relu, relu, resize
 
 __all__ = ["AtrousPyramid", "DilatedCentre", "PyramidPooling", "build_context"]
 
@@ -27,7 +27,7 @@ class DilatedCentre(nn.Module):
         """Sum of the cascade."""
         total, y = x, x
         for layer in self.dilated:
-            y = F.relu(layer(y), inplace=True)
+            y = relu(layer(y))
             total = total + y
         return total
 

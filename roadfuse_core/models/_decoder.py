@@ -14,9 +14,11 @@ from roadfuse_core.models._blocks import (
     Directional,
     DoubleConv,
     LinkNetBlock,
+    ReLU,
     ResidualUnit,
     Up,
     conv_bn_relu,
+    relu,
     resize,
     upsampler,
 )
@@ -74,7 +76,7 @@ class LinkNetHead(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(N, middle, 2H, 2W) before the logit."""
-        return F.relu(self.conv(F.relu(self.deconv(x), inplace=True)), inplace=True)
+        return relu(self.conv(relu(self.deconv(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
@@ -120,7 +122,7 @@ class UNetDecoder(Decoder):
         ups, mixes = [], []
         for a, b in zip(before, self.widths, strict=False):
             up = upsampler(a, b, how, 4 if plain_up else 2)
-            ups.append(nn.Sequential(conv_bn_relu(a, a), up, nn.ReLU(inplace=True)) if plain_up else up)
+            ups.append(nn.Sequential(conv_bn_relu(a, a), up, ReLU()) if plain_up else up)
             mixes.append(ResidualUnit(2 * b, b) if residual else conv_bn_relu(2 * b, b) if plain_up else DoubleConv(2 * b, b))
         self.ups, self.mixes = nn.ModuleList(ups), nn.ModuleList(mixes)
         self.head = nn.Conv2d(self.widths[-1], 1, 1)
@@ -173,7 +175,7 @@ def _mirror(c_in: int, c_out: int, deconv: bool, how: Up) -> nn.Module:
     quarter = c_out // 4
     conv = nn.ConvTranspose2d(c_in, c_out, 3, 1, 1, bias=False)
     layer = conv if how == "transposed" else Directional(c_in, (quarter, quarter, quarter, quarter))
-    return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+    return nn.Sequential(layer, nn.BatchNorm2d(c_out), ReLU())
 
 
 def _unpool(x: Tensor, indices: Tensor) -> Tensor:
@@ -261,8 +263,7 @@ class RoadMapperDecoder(Decoder):
         self.widths, self.scales, self.skips = (w[2], w[1], w[0]), (s[2], s[1], s[0]), skips
         before = (c_in, *self.widths)
         self.ups = nn.ModuleList(
-            nn.Sequential(upsampler(a, b, how, 4), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-            for a, b in zip(before, self.widths, strict=False)
+            nn.Sequential(upsampler(a, b, how, 4), nn.BatchNorm2d(b), ReLU()) for a, b in zip(before, self.widths, strict=False)
         )
         self.head = nn.ConvTranspose2d(w[0], 1, 8, 4, 2)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from roadfuse_core.models._blocks import DoubleConv, ResidualUnit, conv_bn_relu, max_pool_3x3
+from roadfuse_core.models._blocks import DoubleConv, ReLU, ResidualUnit, conv_bn_relu, max_pool_3x3
 
 __all__ = [
     "BasicBlock",
@@ -65,7 +65,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = ReLU()
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.downsample: nn.Module | None = None
@@ -95,7 +95,7 @@ class ResNetEncoder(Encoder):
         self.widths, self.scales = widths, (4, 8, 16, 16 * last_stride)
         self.conv1 = nn.Conv2d(c_in, widths[0], 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = ReLU()
         strides = (1, 2, 2, last_stride)
         before = widths[0]
         for number, (channels, depth) in enumerate(zip(widths, RESNET_DEPTHS[kind], strict=True)):
@@ -182,7 +182,7 @@ class _WideUnit(nn.Module):
         layers: list[nn.Module] = []
         before = c_in
         for k, (channels, kernel) in enumerate(zip(widths, kernels, strict=True)):
-            layers += [nn.BatchNorm2d(before), nn.ReLU(inplace=True)] if k else []
+            layers += [nn.BatchNorm2d(before), ReLU()] if k else []
             layers.append(nn.Conv2d(before, channels, kernel, padding=kernel // 2, bias=False))
             before = channels
         self.body = nn.Sequential(*layers)

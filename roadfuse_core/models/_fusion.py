@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,16 @@ class Message(nn.Module):
         parts = {"local": local}
         if self.summary is not None:
             cells = torch.cat([F.adaptive_max_pool2d(local, 2**n).flatten(1) for n in range(self.levels)], 1)
-            parts["global"] = F.relu(self.summary(cells))[..., None, None].expand_as(local)
-        both = torch.cat([parts[k] for k in self.kinds], 1)
-        sent = [torch.sigmoid(self.gates[f"of_{k}"](both)) * parts[k] if self.gates else parts[k] for k in self.kinds]
-        return torch.stack(sent).sum(0)
+            parts["global"] = F.relu(self.summary(cells))[..., None, None]  # (N, C, 1, 1): the same everywhere
+        sent = [self._gate(kind, parts) * parts[kind] if self.gates else parts[kind] for kind in self.kinds]
+        return sum(sent[1:], sent[0]).expand_as(local)
+
+    def _gate(self, kind: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """The 1×1 convolution of all parts, one by one, so that the global one is not copied over the map."""
+        conv: nn.Conv2d = self.gates[f"of_{kind}"]  # type: ignore[assignment]
+        first, *others = zip(self.kinds, conv.weight.chunk(len(self.kinds), 1), strict=True)
+        seen = F.conv2d(parts[first[0]], first[1], conv.bias)
+        return sum((F.conv2d(parts[k], weight) for k, weight in others), seen).sigmoid()
 
 
 class DualEnhancement(nn.Module):
@@ -59,8 +66,11 @@ class DualEnhancement(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Features of each modality (N, C, H, W), enhanced; an absent modality tells nothing."""
-        told = {name: self.messages[name](x) * present[name] for name, x in features.items()}
-        return {name: x + sum(told[other] for other in told if other != name) for name, x in features.items()}
+        told = {name: self.messages[name](x) for name, x in features.items()}
+        out = dict(features)
+        for name, other in permutations(features, 2):
+            out[name] = torch.addcmul(out[name], told[other], present[other])
+        return out
 
 
 class GatedFusion(nn.Module):
@@ -90,13 +100,13 @@ class GatedFusion(nn.Module):
             Adapted features, fused features (N, C, H, W), un-normalised gates and gates (N, modalities, H, W).
         """
         adapted = {name: self.adapters[name](x) for name, x in features.items()}
-        stacked = torch.stack(list(adapted.values()), 1)
-        raw: Tensor = self.decide(self.look(stacked.flatten(1, 2)))
+        raw: Tensor = self.decide(self.look(torch.cat(list(adapted.values()), 1)))
         if before is not None:
             raw = raw + F.interpolate(before, raw.shape[-2:], mode="nearest")
         there = torch.cat([present[name] for name in features], 1)  # (N, modalities, 1, 1)
         gates = torch.softmax(torch.where(there > 0, raw, raw.new_full((), ABSENT)), 1)
-        return adapted, (gates[:, :, None] * stacked).sum(1), raw, gates
+        weighed = [(gates[:, m : m + 1] * own).to(own.dtype) for m, own in enumerate(adapted.values())]
+        return adapted, sum(weighed[1:], weighed[0]), raw, gates
 
 
 class Refinement(nn.Module):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.models._base import Network, Prediction, Tensors, multiple_of
-from roadfuse_core.models._blocks import conv_bn_relu, initialise, without_norms
+from roadfuse_core.models._blocks import conv_bn_relu, initialise, relu, without_norms
 from roadfuse_core.models._branch import Branch, Encoded
 from roadfuse_core.models._config import NetworkConfig
 from roadfuse_core.models._encoder import BasicBlock
@@ -411,7 +411,7 @@ class RoadFuse(Network):
         raw = self.decide[k](torch.cat(wide, 1))
         gates = torch.softmax(torch.where(there > 0, raw, raw.new_full((), -1e4)).float(), 1)
         weighed = [(gates[:, m : m + 1] * own).to(own.dtype) for m, own in enumerate(wide[1:], 1)]
-        fused = F.relu(sum(weighed, wide[0]), inplace=True)
+        fused = relu(sum(weighed, wide[0]))
         for n in self.slim:
             if k < len(self.tell[n]):  # type: ignore[arg-type]
                 y[n] = y[n] + self.tell[n][k](fused)  # type: ignore[index]

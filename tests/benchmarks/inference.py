@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,24 +101,40 @@ def show_ratios(city: City, folder: Path, runs: int, only: list[str]) -> None:
         print(f"CMMPNet-D-LinkNet34, bf16 {a:6.2f} windows/s of {b:6.2f} bare: {r:.2f} (target 0.95)")
 
 
-def show_precision(city: City, runs: int) -> None:
+def show_precision(city: City, folder: Path, runs: int) -> None:
     """bf16 against float32, each in its best batch, and norms folded against not; medians of paired runs."""
-    cities = {precision: with_model(city, precision=precision) for precision in ("32", "bf16")}
-    times: dict[tuple[str, bool], list[float]] = {(p, folded): [] for p in cities for folded in (True, False)}
-    for _ in range(runs):
-        for (precision, folded), seconds in times.items():
-            seconds.append(bare(cities[precision], 64, folded))
+    both = {precision: with_model(city, precision=precision) for precision in ("32", "bf16")}
+    small = with_model(make_city(folder / "precision", 768.0), weights=str(full_size(folder)))
+    large = {precision: with_model(small, precision=precision) for precision in both}
     iou = []
-    for chosen in cities.values():
+    for chosen in both.values():
         infer(chosen, full=True)
         iou.append(score_city(chosen)["all"]["g_iou"])
+    compact = paired(runs, lambda: bare(both["32"], 64), lambda: bare(both["bf16"], 64))
+    full = paired(runs, lambda: bare(large["32"], 16), lambda: bare(large["bf16"], 16))
+    limit = paired(runs, lambda: convolution(torch.float32), lambda: convolution(torch.bfloat16))
+    print(f"bf16 against float32: compact {compact:.2f} ×, CMMPNet-D-LinkNet34 {full:.2f} × (target 2); "
+          f"one convolution of 256 channels {limit:.2f} ×; compact g_iou changes by {abs(iou[0] - iou[1]):.5f} (target 0.001)")  # fmt: skip
+    folded = {p: paired(runs, lambda c=c: bare(c, 64, folded=False), lambda c=c: bare(c, 64)) for p, c in both.items()}
+    print("norms folded: " + ", ".join(f"{gain:.2f} × in {p}" for p, gain in folded.items()))
 
-    def gain(slow: tuple[str, bool], fast: tuple[str, bool]) -> float:
-        return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
-    print(f"bf16 against float32: {gain(('32', True), ('bf16', True)):.2f} × (target 2), "
-          f"g_iou changes by {abs(iou[0] - iou[1]):.5f} (target 0.001)")  # fmt: skip
-    print("norms folded: " + ", ".join(f"{gain((p, False), (p, True)):.2f} × in {p}" for p in cities))
+def paired(runs: int, slow: Callable[[], float], fast: Callable[[], float]) -> float:
+    """How many times faster, the median of runs in turn; the first of each warms up."""
+    slow(), fast()
+    return statistics.median(slow() / fast() for _ in range(runs))
+
+
+def convolution(dtype: torch.dtype) -> float:
+    """Seconds of a 3×3 convolution whose numbers stay in the cache, on one thread: what the chip gives at best."""
+    torch.set_num_threads(1)
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(4, 256, 32, 32).to(dtype, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        began = time.perf_counter()
+        for _ in range(20):
+            conv(x)
+    return time.perf_counter() - began
 
 
 def show_change(folder: Path, tiles: int = 1600) -> None:
@@ -248,13 +265,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     a, _ = parser.parse_known_args()
     only = a.only.split(",")
-    print(f"inference, one thread a worker, {a.runs} paired runs where there are pairs")
+    print(f"inference, one thread a worker, tiles of 512 px, {a.runs} paired runs where there are pairs")
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        city = make_city(folder / "city", a.size)
+        city = make_city(folder / "city", a.size, tile_px=512)
         show_ratios(city, folder, a.runs, only)
         if "bf16" in only:
-            show_precision(city, a.runs)
+            show_precision(city, folder, a.runs)
         if "change" in only:
             show_change(folder)
         if "memory" in only:

@@ -310,6 +310,9 @@ def test_chunks_are_those_of_zarr(tmp_path):
     root["total/speed_sum"][64:, :64] = theirs
     assert np.array_equal(chunks.read("total/speed_sum", (1, 0)).reshape(64, 64), theirs)
     assert chunks.read("total/speed_sum", (0, 0)) is None
+    both = chunks.read_all([("total/speed_sum", (0, 0)), ("period/count", (1, 1, 2))])
+    assert both[0] is None
+    assert np.array_equal(both[1].reshape(64, 64), ours)
 
 
 def test_the_lock_is_free_although_a_child_that_was_forked_meanwhile_lives(tmp_path):

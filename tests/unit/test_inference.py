@@ -1,5 +1,7 @@
 """The mosaic does not know how it was made."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import rasterio
@@ -87,6 +89,25 @@ def test_identical_for_any_block_size_and_number_of_workers(ingested, monkeypatc
         with open_cluster(ClusterSpec(workers=workers)) as client:
             infer(ingested, group=f"by-{workers}", client=client)
         assert np.array_equal(mosaic(ingested, f"by-{workers}"), here)
+
+
+def test_progress_is_told_every_few_seconds_whatever_the_network_takes(ingested, monkeypatch):
+    monkeypatch.setattr(planning, "BLOCK_PX", 256)
+    slow = planning.calibrate
+
+    def as_slow(*asked):
+        return replace(slow(*asked), window_s=window_s)
+
+    monkeypatch.setattr(planning, "calibrate", as_slow)
+    steps = []
+    for window_s in (9.0, 1e-4):  # noqa: B007
+        told = []
+        infer(ingested, "kde", f"every-{len(steps)}", tell=lambda *t, told=told: told.append(t), full=True)
+        steps.append(len({done for what, done, _ in told if what == "predicting windows"}))
+    blocks = len(plan_refresh(ingested, "kde", full=True).blocks())
+    assert blocks > 2
+    assert steps[0] >= blocks  # one each
+    assert steps[1] == 2  # the beginning, and the end
 
 
 def test_a_second_run_finds_nothing_to_do(ingested):

@@ -25,7 +25,7 @@ from roadfuse_core.models import (
     read_checkpoint_info,
     save_checkpoint,
 )
-from roadfuse_core.models._blocks import Affine, max_pool_3x3
+from roadfuse_core.models._blocks import Affine, max_pool_3x3, relu
 from roadfuse_core.models._encoder import ResNetEncoder
 
 SEQUENCES = Path(__file__).with_name("presets.json")
@@ -330,6 +330,22 @@ def test_pooling_by_rows_and_columns_is_pooling(size, layout, dtype):
     pooled = torch.nn.functional.max_pool2d(x, 3, 2, 1)
     assert torch.equal(max_pool_3x3(x), pooled)
     assert torch.equal(max_pool_3x3(x.requires_grad_()), pooled)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_relu_of_every_bfloat16_is_pytorchs(layout):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()].reshape(4, 255, 8, 8).contiguous(memory_format=layout)
+    expected = torch.nn.functional.relu(x)
+    assert torch.equal(relu(x.clone(memory_format=torch.preserve_format)), expected)
+    assert relu(x).data_ptr() == x.data_ptr()
+    assert torch.equal(x, expected)
+
+
+def test_relu_has_pytorchs_gradient():
+    x = torch.linspace(-1, 1, 9).bfloat16().requires_grad_()
+    relu(x * 1).sum().backward()
+    assert torch.equal(x.grad, (x > 0).to(x.dtype))
 
 
 @pytest.mark.parametrize("name", ["roadfuse", "cmmpnet-d-linknet34", "d-linknet34", "deepdualmapper"])
