@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,6 +16,8 @@ from roadfuse_core.models._config import NetworkConfig
 from roadfuse_core.models._network import build_network
 
 __all__ = ["CheckpointInfo", "load_checkpoint", "read_checkpoint_info", "save_checkpoint"]
+
+HALF_MAX = torch.finfo(torch.float16).max
 
 
 class CheckpointInfo(BaseModel):
@@ -44,11 +47,12 @@ def save_checkpoint(path: Path, network: Network, info: CheckpointInfo, half: bo
         path: Ends in .safetensors.
         network: The network.
         info: Its configuration; `info.network` must be the network's.
-        half: Store floating-point weights as float16 (half the size, exact to 11 bits).
+        half: Store floating-point weights as float16 (half the size, exact to 11 bits); arrays with values that are too large
+            for it stay as they are.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     if half:
-        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        state = {k: v.half() if v.is_floating_point() and (v.abs() < HALF_MAX).all() else v for k, v in state.items()}
     save_file(state, path, metadata={"roadfuse": info.model_dump_json()})
 
 
@@ -75,7 +79,7 @@ def load_checkpoint(path: Path) -> tuple[Network, CheckpointInfo]:
     """The network of a checkpoint, float32, in eval mode, on the CPU.
 
     Raises:
-        ConfigError: The file is not a checkpoint, or its weights do not fit its configuration.
+        ConfigError: The file is not a checkpoint, its weights do not fit its configuration, or one is not finite.
     """
     info = read_checkpoint_info(path)
     network = build_network(info.network)
@@ -86,5 +90,7 @@ def load_checkpoint(path: Path) -> tuple[Network, CheckpointInfo]:
     for key in sorted(wanted.keys() | state.keys()):
         if key not in wanted or key not in state or wanted[key].shape != state[key].shape:
             raise ConfigError("model.weights", str(path), f"does not fit its network at {key}", "train it again")
+        if not (state[key].isfinite() | ~wanted[key].isfinite()).all():  # a forest that was never fitted holds infinities
+            raise ConfigError("model.weights", str(path), f"holds numbers that are not finite at {key}", "train it again")
     network.load_state_dict(state)
     return network.eval().requires_grad_(False), info

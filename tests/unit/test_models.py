@@ -391,3 +391,24 @@ def test_weights_of_another_width_are_refused(tmp_path):
     save_checkpoint(tmp_path / "c.safetensors", network, info)
     with pytest.raises(ConfigError, match="does not fit its network at"):
         load_checkpoint(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    network = compact("d-linknet34")
+    info = CheckpointInfo(network=network.config, layers=[], resolution_m=1, window_px=64, recipe={})
+    with torch.no_grad():
+        network.branch.encoder.layer1[0].conv1.weight[0, 0, 0, 0] = value
+    save_checkpoint(tmp_path / "c.safetensors", network, info)
+    with pytest.raises(
+        ConfigError, match=r"c.safetensors'? holds numbers that are not finite at branch.encoder.layer1.0.conv1"
+    ):
+        load_checkpoint(tmp_path / "c.safetensors")
+
+
+def test_values_that_float16_cannot_hold_are_kept(tmp_path):
+    network = compact("d-linknet34").eval()
+    info = CheckpointInfo(network=network.config, layers=[], resolution_m=1, window_px=64, recipe={})
+    network.branch.encoder.bn1.running_var[0] = 1e6
+    save_checkpoint(tmp_path / "c.safetensors", network, info)
+    assert load_checkpoint(tmp_path / "c.safetensors")[0].branch.encoder.bn1.running_var[0] == 1e6
