@@ -36,8 +36,8 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, dilati
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), in place.
 
-    For predictions on a CPU in bfloat16 by its bits as whole numbers, whose sign is the same: exactly the same, and several
-    times faster than by PyTorch's way through float32.
+    For predictions on a CPU in bfloat16 by its bits as whole numbers, whose sign is the same: the same for every number (a
+    NaN may become 0), and faster than by PyTorch's way through float32.
     """
     if x.requires_grad or x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return F.relu(x, inplace=True)

@@ -126,7 +126,7 @@ def paired(runs: int, slow: Callable[[], float], fast: Callable[[], float]) -> f
 
 
 def convolution(dtype: torch.dtype) -> float:
-    """Seconds of a 3×3 convolution whose numbers stay in the cache, on one thread: what the chip gives at best."""
+    """Seconds of a 3×3 convolution whose numbers stay in the cache, on one thread: what the chip gives a large one."""
     torch.set_num_threads(1)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype, memory_format=torch.channels_last)
     x = torch.randn(4, 256, 32, 32).to(dtype, memory_format=torch.channels_last)

@@ -93,10 +93,10 @@ def test_identical_for_any_block_size_and_number_of_workers(ingested, monkeypatc
 
 def test_progress_is_told_every_few_seconds_whatever_the_network_takes(ingested, monkeypatch):
     monkeypatch.setattr(planning, "BLOCK_PX", 256)
-    slow = planning.calibrate
+    measured = planning.calibrate
 
     def as_slow(*asked):
-        return replace(slow(*asked), window_s=window_s)
+        return replace(measured(*asked), window_s=window_s)
 
     monkeypatch.setattr(planning, "calibrate", as_slow)
     steps = []
