@@ -12,13 +12,13 @@ from typing import Any, Literal, TypeVar
 
 import dask
 from dask.distributed import Client, LocalCluster, Nanny, Status, as_completed
-from distributed.client import FutureCancelledError
+from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
 
 from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.settings import ClusterSpec
 
-__all__ = ["ClusterLostError", "Progress", "count_gpus", "count_workers", "open_cluster", "quiet", "run_jobs"]
+__all__ = ["ClusterLostError", "Progress", "count_gpus", "count_workers", "open_cluster", "quiet", "run_jobs", "telling_loss"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -32,6 +32,9 @@ ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": 256 << 20, "MALLOC_MMAP_THRESHOLD_": 32 <
 # A local worker that died is started anew by its nanny, however long a busy machine takes; after 15 s Dask would close
 # both for good, and a cluster without workers waits for ever.
 PATIENCE = {"distributed.deploy.lost-worker-timeout": "1h"}
+
+# What Dask raises when its scheduler has gone: as work is waited for, on its way, and once it is given up for lost.
+LOST = (CancelledError, FutureCancelledError, CommClosedError, ClosedClientError)
 
 
 class ClusterLostError(RoadFuseError, ConnectionError):
@@ -144,6 +147,22 @@ class _PatientNanny(Nanny):
             return await super().close(timeout, reason)
 
 
+@contextmanager
+def telling_loss(what: str) -> Iterator[None]:
+    """Whatever Dask says of a scheduler that has gone, as one line.
+
+    Args:
+        what: The work that was being done.
+
+    Raises:
+        ClusterLostError: The scheduler has gone.
+    """
+    try:
+        yield
+    except LOST as error:
+        raise ClusterLostError(f"{what}: the Dask scheduler was lost; run again, what is done is kept") from error
+
+
 def run_jobs(
     client: Client | None, function: Callable[[Job], Result], jobs: Sequence[Job], what: str, tell: Progress = quiet,
     on_error: Callable[[Job, Exception], Result] | None = None, avoid: Sequence[str | None] = (),
@@ -179,27 +198,28 @@ def run_jobs(
             count.add(amount(results[-1]))
         count.end()
         return results
-    futures = _submit(client, function, jobs, avoid)
-    place = {future.key: k for k, future in enumerate(futures)}
     out: dict[int, Result] = {}
-    try:
-        for future in as_completed(futures):
-            k = place[future.key]
-            try:
-                out[k] = future.result()
-            except (CancelledError, FutureCancelledError, CommClosedError) as error:
-                raise ClusterLostError(f"{what}: the Dask scheduler was lost; run again, what is done is kept") from error
-            except Exception as error:
-                if on_error is None:
+    with telling_loss(what):
+        futures = _submit(client, function, jobs, avoid)
+        place = {future.key: k for k, future in enumerate(futures)}
+        try:
+            for future in as_completed(futures):
+                k = place[future.key]
+                try:
+                    out[k] = future.result()
+                except LOST:
                     raise
-                out[k] = on_error(jobs[k], error)
-            future.release()
-            count.add(amount(out[k]))
-    finally:
-        with suppress(CommClosedError, OSError, TimeoutError):
-            client.cancel(futures)
-    if len(out) < len(jobs):
-        raise ClusterLostError(f"{what}: the Dask scheduler was lost; run again, what is done is kept")
+                except Exception as error:
+                    if on_error is None:
+                        raise
+                    out[k] = on_error(jobs[k], error)
+                future.release()
+                count.add(amount(out[k]))
+        finally:
+            with suppress(*LOST, OSError):
+                client.cancel(futures)
+        if len(out) < len(jobs):
+            raise CancelledError
     count.end()
     return [out[k] for k in range(len(jobs))]
 

@@ -3,7 +3,9 @@
 import errno
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 # Tests run side by side, one process a core: libraries that start a thread a core each would only wait for one another.
@@ -11,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+from dask.distributed import Client
 from hypothesis import settings
 
 from roadfuse_core.settings import City, load_city
@@ -72,6 +75,46 @@ def fill() -> Callable[[Path], None]:
             os.close(file)
 
     return until_full
+
+
+class OwnScheduler:
+    """A Dask scheduler in a process of its own, which can be killed."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = "tcp://127.0.0.1:{1}".format(*free.getsockname())
+        self._processes = [self._start("scheduler", "--host", self.address)]
+
+    def _start(self, kind: str, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--no-dashboard", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def add_workers(self, number: int) -> None:
+        """Start workers and wait until they are known."""
+        options = ["--nthreads", "1", "--death-timeout", "20"]
+        self._processes += [self._start("worker", self.address, *options) for _ in range(number)]
+        with Client(self.address, timeout="60s") as client:
+            client.wait_for_workers(number, timeout="60s")
+
+    def kill(self) -> None:
+        """Take the scheduler away, without a word to anyone."""
+        self._processes[0].kill()
+        self._processes[0].wait()
+
+    def end(self) -> None:
+        """Take workers away too."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def scheduler() -> Iterator[OwnScheduler]:
+    """A Dask scheduler without workers."""
+    made = OwnScheduler()
+    yield made
+    made.end()
 
 
 @pytest.fixture(scope="session")

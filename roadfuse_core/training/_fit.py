@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet
+from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet, telling_loss
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.grid import TileIndex, split_tiles
@@ -286,7 +286,7 @@ def _run_ranks(
     if ranks == 1:
         return run_stages(recipe, grounds, out, _Rank(), tell, threads)
     spec = cluster or ClusterSpec(workers=ranks)
-    with open_cluster(spec) as client:
+    with open_cluster(spec) as client, telling_loss("training"):
         workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
         if len(workers) < ranks:
             raise ConfigError("ranks", ranks, f"exceeds the {len(workers)} workers of the cluster", "start more of them")

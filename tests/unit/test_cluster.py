@@ -9,9 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
-from dask.distributed import Status, WorkerPlugin
+from dask.distributed import Client, Status, WorkerPlugin
 
-from roadfuse_core.cluster import ALLOCATOR, open_cluster, run_jobs
+from roadfuse_core.cluster import ALLOCATOR, ClusterLostError, open_cluster, run_jobs
 from roadfuse_core.settings import ClusterSpec
 
 
@@ -60,6 +60,25 @@ def test_an_error_becomes_a_result_where_it_may():
     with open_cluster(ClusterSpec(workers=1)) as client:
         for where in (None, client):
             assert run_jobs(where, double, [1, 3], "doubling", on_error=lambda job, error: -job) == [2, -3]
+
+
+@pytest.fixture
+def lonely_client(scheduler):
+    """A client that knows that its scheduler has gone, and has not given up."""
+    client = Client(scheduler.address, timeout="60s")
+    client._timeout = 1
+    scheduler.kill()
+    wait_for(lambda: client.status == "connecting")
+    yield client
+    client.close()
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_scheduler_lost_before_the_work_is_told(lonely_client, given_up):
+    if given_up:
+        wait_for(lambda: lonely_client.status == "closed")
+    with pytest.raises(ClusterLostError, match="doubling: the Dask scheduler was lost; run again"):
+        run_jobs(lonely_client, double, [1, 2], "doubling")
 
 
 class DiesAtStart(WorkerPlugin):

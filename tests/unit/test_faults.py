@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import rasterio
 import torch
 from dask.distributed import WorkerPlugin
 
-from roadfuse_core.cluster import open_cluster
+from roadfuse_core.cluster import ClusterLostError, open_cluster
 from roadfuse_core.cubes import expire, ingest, ledger
 from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.imagery import find_imagery
@@ -177,7 +176,7 @@ def _start(city: City, workers: int = 2) -> subprocess.Popen[bytes]:
     code = f"""
 import sys
 from pathlib import Path
-from roadfuse_core.cluster import open_cluster
+from roadfuse_core.cluster import ClusterLostError, open_cluster
 from roadfuse_core.inference import infer, _plan
 from roadfuse_core.settings import ClusterSpec, load_city
 if __name__ == "__main__":
@@ -311,39 +310,20 @@ def test_killed_at_random_moments(city, monkeypatch, whom):
     _survives(city, [rng.uniform(2.0, 9.0) for _ in range(8)], monkeypatch, whom)
 
 
-def test_a_lost_scheduler_is_told_and_the_work_is_kept(city, monkeypatch):
-    from roadfuse_core.cluster import ClusterLostError
-
+def test_a_lost_scheduler_is_told_and_the_work_is_kept(city, monkeypatch, scheduler):
     monkeypatch.setattr(planning, "BLOCK_PX", 128)
     ingest(city)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    scheduler = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port),
-                                  "--no-dashboard"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    worker = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1",
-                               "--no-dashboard", "--death-timeout", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    try:
-        for _ in range(120):
-            with socket.socket() as probe:
-                if not probe.connect_ex(("127.0.0.1", port)):
-                    break
-            time.sleep(0.5)
+    scheduler.add_workers(1)
+    told = []
 
-        told = []
+    def kill_it(what, done, total):
+        if what == "predicting windows":
+            told.append(done)
+            if len(told) == 5:  # the first says that none is done
+                scheduler.kill()
 
-        def kill_it(what, done, total):
-            if what == "predicting windows":
-                told.append(done)
-                if len(told) == 5:  # the first says that none is done
-                    scheduler.kill()
-
-        with pytest.raises((ClusterLostError, OSError)), open_cluster(ClusterSpec(kind=f"tcp://127.0.0.1:{port}")) as client:
-            infer(city, client=client, tell=kill_it)
-    finally:
-        for process in (scheduler, worker):
-            process.kill()
-            process.wait()
+    with pytest.raises(ClusterLostError, match="run again"), open_cluster(ClusterSpec(kind=scheduler.address)) as client:
+        infer(city, client=client, tell=kill_it)
     kept = list((city.workspace_path / "scratch").glob("map-*/*.safetensors"))
     assert len(kept) >= 4
     infer(city)

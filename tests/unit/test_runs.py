@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from roadfuse_core import training
+from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.inference import infer
 from roadfuse_core.models import load_checkpoint
+from roadfuse_core.settings import ClusterSpec
 from roadfuse_core.training import (
     SUITE,
     View,
@@ -109,6 +112,25 @@ def test_two_ranks_with_half_a_batch_are_one_with_the_whole(recipe, tmp_path):
     assert moved > 1e-4, "it learned something"
     assert apart < 0.05 * moved
     assert one.validation_g_iou == pytest.approx(two.validation_g_iou, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_ranks_whose_scheduler_is_lost_go_on_with_another(recipe, tmp_path, scheduler):
+    made = recipe(**{"stages": [{"epochs": 60}]}, ranks=2)
+    scheduler.add_workers(2)
+
+    def kill_it():
+        while not list(tmp_path.glob("broken/stage-0/last.ckpt")):
+            time.sleep(0.05)
+        scheduler.kill()
+
+    threading.Thread(target=kill_it, daemon=True).start()
+    with pytest.raises(ClusterLostError, match="training: the Dask scheduler was lost; run again"):
+        train(made, tmp_path / "broken", cluster=ClusterSpec(kind=scheduler.address))
+    scheduler.end()
+    train(made, tmp_path / "broken")
+    log = pd.read_csv(tmp_path / "broken/log/stage-0/metrics.csv")
+    assert log.epoch.min() > 0, "it went on"
 
 
 def test_a_run_learns_and_its_checkpoint_makes_a_map(city, recipe, tmp_path):
