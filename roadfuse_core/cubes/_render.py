@@ -47,7 +47,9 @@ class Layer(BaseModel):
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The cube arrays that this layer reads."""
+        """The cube arrays that this layer reads; of a bearing both components, so that it can be turned."""
+        if self.kind in ("sin", "cos"):
+            return ("sin_sum", "cos_sum", "bearing_count")
         return MEANS.get(self.kind, ("count",))
 
 

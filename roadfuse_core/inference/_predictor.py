@@ -67,6 +67,8 @@ def read_facts(ref: PredictorRef, resolution_m: float) -> PredictorFacts:
         return PredictorFacts(kde.layers, kde.uses_image, kde.window_px, kde.planes)
     info = read_checkpoint_info(ref.path)
     layers = tuple(Layer.model_validate(layer) for layer in info.layers)
+    if ref.turns:
+        _ = [_partner(layers, layer) for layer in layers]
     gated = info.network.fusion in ("gated", "roadfuse")
     planes = ("probability", *(f"gate_{n}" for n in info.network.modalities if gated))
     return PredictorFacts(layers, "image" in info.network.modalities, info.window_px, planes)
@@ -242,6 +244,8 @@ class NetworkPredictor:
         total = None
         for k in range(8):
             turned = {n: _turn(x, k).contiguous(memory_format=torch.channels_last) for n, x in tensors.items()}
+            if "gps" in turned:
+                turned["gps"] = turn_bearings(turned["gps"], self.layers, k)
             back = _turn_back(self._planes(turned), k)
             total = back if total is None else total + back
         assert total is not None
@@ -271,6 +275,36 @@ def _turn(x: Tensor, k: int) -> Tensor:
 def _turn_back(x: Tensor, k: int) -> Tensor:
     x = x.flip(3) if k >= 4 else x
     return torch.rot90(x, -(k % 4), (2, 3))
+
+
+def turn_bearings(x: Tensor, layers: tuple[Layer, ...], k: int) -> Tensor:
+    """Layers of bearings on a window that was turned: what went east goes north after a quarter turn.
+
+    Args:
+        x: (N, layers, H, W), turned: k % 4 quarters counterclockwise, then from k = 4 on left and right exchanged.
+        layers: Its channels.
+        k: 0 … 7.
+
+    Raises:
+        ConfigError: There is a sine without its cosine, or the other way round.
+    """
+    if not {"sin", "cos"} & {layer.kind for layer in layers}:
+        return x
+    quarters, mirror = k % 4, -1 if k >= 4 else 1
+    sign = {"sin": mirror * (1, -1, -1, 1)[quarters], "cos": (1, 1, -1, -1)[quarters]}
+    order = [_partner(layers, layer) if quarters % 2 else i for i, layer in enumerate(layers)]
+    signs = x.new_tensor([sign.get(layer.kind, 1) for layer in layers])
+    return x[:, order] * signs[:, None, None]
+
+
+def _partner(layers: tuple[Layer, ...], layer: Layer) -> int:
+    """The number of a bearing's other component; of any other layer its own."""
+    other = layer.model_copy(update={"kind": {"sin": "cos", "cos": "sin"}.get(layer.kind, layer.kind)})
+    if other not in layers:
+        raise ConfigError(
+            "model.turns", True, f"needs a layer {other.kind} beside {layer.kind}", "train with both, or do without turns"
+        )
+    return layers.index(other)
 
 
 def normalise_image(rgb: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from pyproj import Transformer
 
 from roadfuse_core.cluster import open_cluster
-from roadfuse_core.cubes import expire, ingest
+from roadfuse_core.cubes import Layer, expire, ingest
+from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import Block, Grid, Lattice
 from roadfuse_core.inference import MapReader, _calibrate, infer, load_predictor, plan_refresh
 from roadfuse_core.inference._coverage import cells_of, windows_meeting, windows_over
+from roadfuse_core.inference._predictor import turn_bearings
 from roadfuse_core.metrics import Confusion, score_city, scores
 from roadfuse_core.models import CheckpointInfo, build_network, preset, save_checkpoint
 from roadfuse_core.mosaic import NODATA, write_cog, write_item
@@ -249,6 +251,32 @@ def test_turns_are_the_mean_of_eight(city):
     assert np.allclose(
         many.predict(many.prepare({k: v.numpy() for k, v in one.items()})).transpose(0, 2, 3, 1), total / 8, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_bearings_turn_with_their_window(k):
+    """East, north and back, by angles."""
+    layers = (Layer(kind="count"), Layer(kind="cos", gain=2), Layer(kind="sin"), Layer(kind="sin", gain=2), Layer(kind="cos"))
+    angle, length = np.random.default_rng(1).uniform((0, 0), (2 * np.pi, 1), (30, 2)).T
+    x = np.stack(
+        [length, 2 * length * np.cos(angle), length * np.sin(angle), 2 * length * np.sin(angle), length * np.cos(angle)]
+    )
+    to = (angle - k % 4 * np.pi / 2) * (-1 if k >= 4 else 1)
+    expected = np.stack([length, 2 * length * np.cos(to), length * np.sin(to), 2 * length * np.sin(to), length * np.cos(to)])
+    got = turn_bearings(torch.from_numpy(x)[None, :, :, None], layers, k)
+    assert np.allclose(got[0, :, :, 0], expected, atol=1e-12)
+
+
+def test_a_lone_sine_cannot_be_turned(city, tmp_path):
+    config = preset("d-linknet34-gps").model_copy(update={"width": 0.0625, "modalities": {"gps": 2}})
+    path = tmp_path / "lone.safetensors"
+    lone = [{"kind": "sin"}, {"kind": "cos", "gain": 2}]
+    save_checkpoint(path, build_network(config).eval(), CheckpointInfo(network=config, layers=lone, resolution_m=1, window_px=64, recipe={}))  # fmt: skip
+    ingest(city)
+    turning = city.model_copy(update={"model": ModelSpec(weights=str(path), turns=True)})
+    with pytest.raises(ConfigError, match=r"^model\.turns: True needs a layer cos beside sin; train with both"):
+        plan_refresh(turning)
+    plan_refresh(turning.model_copy(update={"model": ModelSpec(weights=str(path))}))
 
 
 def _turned(x, k):

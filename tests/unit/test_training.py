@@ -42,6 +42,7 @@ QUANTITIES = (
     Layer(kind="sin"), Layer(kind="cos"), Layer(kind="interval", cap=60),
     Layer(kind="log_count", cap=64, sigma_px=1, radius_px=1, gain=6), Layer(kind="count", sigma_px=2.5, radius_px=7),
 )  # fmt: skip
+BEARINGS = QUANTITIES[4:6]
 TINY = {
     "name": "tiny", "cities": ["city/city.yaml"], "network": {"preset": "d-linknet34", "width": 0.0625},
     "window_px": 64, "batch": 4, "epoch_windows": 8, "stages": [{"epochs": 2}], "precision": "32",
@@ -296,7 +297,7 @@ def _window_of(sums, place, side, change=None, key=9):
 
 @pytest.mark.parametrize("turn", range(8))
 def test_a_turn_moves_image_label_and_points_together(city, tmp_path, turn):
-    view = View(QUANTITIES[:2], True, 128, 1, False)
+    view = View(QUANTITIES[:2] + BEARINGS, True, 128, 1, False)
     ground = lay_ground(city, city.make_grid().tiles(), "roads", view, tmp_path)
     window = StillWindows(view, [ground])[6]
     still = prepare(collate([window]), view)
@@ -308,9 +309,15 @@ def test_a_turn_moves_image_label_and_points_together(city, tmp_path, turn):
         x = torch.rot90(x, turn % 4, (2, 3)) if turn < 4 else torch.rot90(x, turn % 4, (2, 3)).flip(3)
         return x
 
-    for a, b in ((still.labels, moved.labels), (still.inputs["gps"], moved.inputs["gps"])):
+    for a, b in ((still.labels, moved.labels), (still.inputs["gps"][:, :2], moved.inputs["gps"][:, :2])):
         assert a.any()
         assert torch.equal(expected(a), b), "one geometric draw for all"
+    sin, cos = expected(still.inputs["gps"])[0, 2:]
+    bearing = torch.atan2(sin, cos) - turn % 4 * np.pi / 2
+    length, bearing = torch.hypot(sin, cos), -bearing if turn >= 4 else bearing
+    assert length.max() > 0.9
+    assert torch.allclose(moved.inputs["gps"][0, 2], length * bearing.sin(), atol=1e-5)
+    assert torch.allclose(moved.inputs["gps"][0, 3], length * bearing.cos(), atol=1e-5)
     assert torch.allclose(expected(still.inputs["image"]), moved.inputs["image"], atol=1e-4)
 
 
