@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "Affine",
+    "Conv2d",
     "Directional",
     "DoubleConv",
     "LinkNetBlock",
@@ -54,6 +55,20 @@ class ReLU(nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0), in place."""
         return relu(input)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of 1×1 with a stride, which steps before it multiplies when it learns on a CPU.
+
+    The same numbers; PyTorch 2.13 (oneDNN) writes beyond its memory on the way back where fewer than 16 channels lie last.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) → (N, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        if input.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(input)
+        down, right = self.stride
+        return F.conv2d(input[..., ::down, ::right], self.weight, self.bias)
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
@@ -120,7 +135,7 @@ class ResidualUnit(nn.Module):
             ReLU(),
             nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False),
         )
-        self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.shortcut = nn.Sequential(Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """The unit's output."""

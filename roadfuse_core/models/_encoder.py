@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from roadfuse_core.models._blocks import DoubleConv, ReLU, ResidualUnit, conv_bn_relu, max_pool_3x3
+from roadfuse_core.models._blocks import Conv2d, DoubleConv, ReLU, ResidualUnit, conv_bn_relu, max_pool_3x3
 
 __all__ = [
     "BasicBlock",
@@ -70,7 +70,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.downsample: nn.Module | None = None
         if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.downsample = nn.Sequential(Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output."""

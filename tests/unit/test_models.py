@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from roadfuse_core.models import (
     read_checkpoint_info,
     save_checkpoint,
 )
-from roadfuse_core.models._blocks import Affine, max_pool_3x3, relu
+from roadfuse_core.models._blocks import Affine, Conv2d, max_pool_3x3, relu
 from roadfuse_core.models._encoder import ResNetEncoder
 
 SEQUENCES = Path(__file__).with_name("presets.json")
@@ -412,3 +414,40 @@ def test_values_that_float16_cannot_hold_are_kept(tmp_path):
     network.branch.encoder.bn1.running_var[0] = 1e6
     save_checkpoint(tmp_path / "c.safetensors", network, info)
     assert load_checkpoint(tmp_path / "c.safetensors")[0].branch.encoder.bn1.running_var[0] == 1e6
+
+
+def test_a_strided_convolution_of_one_pixel_is_pytorchs():
+    torch.manual_seed(0)
+    ours, plain = Conv2d(4, 8, 1, 2, bias=False), torch.nn.Conv2d(4, 8, 1, 2, bias=False)
+    plain.load_state_dict(ours.state_dict())
+    for height, width in ((8, 8), (7, 10)):
+        x = torch.randn(2, 4, height, width)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, z = ours(a), plain(b)
+        assert torch.allclose(y, z, atol=1e-6)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        assert torch.allclose(a.grad, b.grad, atol=1e-6)
+        assert torch.allclose(ours.weight.grad, plain.weight.grad, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(ours(x), plain(x))
+
+
+STEP = """
+import torch
+from roadfuse_core.models._blocks import ResidualUnit
+from roadfuse_core.models._encoder import BasicBlock
+for channels in (2, 4, 8, 12):
+    for block in (BasicBlock(channels, 2 * channels, 2), ResidualUnit(channels, 2 * channels, 2)):
+        block.to(memory_format=torch.channels_last)
+        for n, px in ((1, 128), (4, 128), (4, 64)):
+            x = torch.randn(n, channels, px, px).contiguous(memory_format=torch.channels_last).requires_grad_()
+            for _ in range(2):
+                block(x).sum().backward()
+"""
+
+
+def test_blocks_of_few_channels_keep_to_their_memory():
+    """Where they lie last, PyTorch's way back through a strided convolution of one pixel wrote beyond them."""
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
