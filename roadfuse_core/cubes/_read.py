@@ -35,8 +35,12 @@ class CubeReader:
         self.root: zarr.Group = read_group(repository, snapshot=self.snapshot)
         self.arrays: list[str] = list(self.root.attrs["arrays"])
 
-    def require(self, layers: Sequence[Layer]) -> None:
+    def require(self, layers: Sequence[Layer], key: str) -> None:
         """Refuse layers that this cube cannot render.
+
+        Args:
+            layers: What will be rendered.
+            key: The setting that asks for them.
 
         Raises:
             ConfigError: A layer needs an array that was never ingested.
@@ -44,12 +48,8 @@ class CubeReader:
         for layer in layers:
             for name in layer.arrays:
                 if name not in self.arrays:
-                    raise ConfigError(
-                        "model.weights",
-                        layer.kind,
-                        f"needs {name}, which this cube lacks",
-                        "name the column and ingest anew",
-                    )
+                    fix = "name the column and ingest anew"
+                    raise ConfigError(key, layer.kind, f"needs {name}, which this cube lacks", fix)
 
     def window(self, name: str, row: int, col: int, height: int, width: int) -> NDArray[np.int64]:
         """Sums of a pixel rectangle, which may reach past the grid; zeros there.

@@ -158,7 +158,7 @@ def _require_fit(city: City, predictor: PredictorFacts, evidence: Evidence) -> N
         raise ConfigError("model.weights", city.model.weights, "needs imagery, and the city has none", "add imagery")
     cube, _ = readers_of(evidence)
     if cube:
-        cube.require(predictor.layers)
+        cube.require(predictor.layers, "model.weights")
 
 
 def _possible(evidence: Evidence, lattice: Lattice, images: list[tuple[ImageFile, Bounds]]) -> NDArray[np.bool_]:

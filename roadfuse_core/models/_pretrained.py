@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: is not a file of weights ({str(error).splitlines()[0]}); download it again") from error
+        raise DataError(f"{path}: is not a file of weights ({type(error).__name__}); download it again") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: holds no plain state dict; save `model.state_dict()`")
     return state

@@ -167,7 +167,7 @@ def _require(city: City, evidence: Evidence, labels: str, view: View) -> None:
     if view.image and evidence.imagery is None:
         raise ConfigError("cities", city.name, "has no imagery, and the network needs it", "choose another preset")
     if view.layers and evidence.cubes:
-        CubeReader(Path(evidence.cubes), evidence.snapshot).require(view.layers)
+        CubeReader(Path(evidence.cubes), evidence.snapshot).require(view.layers, "layers")
 
 
 def _open_labels(city: City, labels: str, grid: Grid) -> RoadMap:

@@ -17,7 +17,7 @@ from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, ingest, 
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import TileIndex
 from roadfuse_core.imagery import ImageryReader, find_imagery
-from roadfuse_core.settings import load_city
+from roadfuse_core.settings import City, load_city
 from roadfuse_core.training import (
     EpochOrder,
     InvalidRecipeError,
@@ -136,6 +136,11 @@ def test_recipes_that_do_not_fit_the_data_are_refused_before_the_first_step(reci
     with rasterio.open(tmp_path / "bare.tif", "w", driver="GTiff", height=1024, width=1024, count=1, dtype="uint8",
                        crs=city.make_grid().crs, transform=city.make_grid().affine) as dst:  # fmt: skip
         dst.write(np.zeros((1, 1024, 1024), np.uint8))
+    points = yaml.safe_load((city.root / "city.yaml").read_text())["points"]
+    points["columns"].pop("bearing")
+    without = {"points": points, "workspace": str(tmp_path / "without-bearings")}
+    ingest(City.model_validate(city.model_dump(mode="json", exclude={"root"}) | without | {"root": city.root}))
+    refused("^layers: .sin. needs sin_sum, which this cube lacks", without, layers=[{"kind": "sin"}, {"kind": "cos"}])
     refused("shows no road", {"labels": {"roads": {"path": str(tmp_path / "bare.tif")}}})
 
 
