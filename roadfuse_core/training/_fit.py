@@ -324,8 +324,7 @@ def run_stages(
     """
     torch.set_num_threads(threads or torch.get_num_threads())
     network, epochs, score = _begin(recipe), 0, 0.0
-    if recipe.precision == "bf16":  # in single precision, PyTorch's backward pass crashes on such weights on some CPUs
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for number, stage in enumerate(grounds.stages):
         score, ran = _run_stage(RoadModule(network, recipe, number), grounds, stage, out, rank, tell or quiet)
         epochs += ran
