@@ -49,7 +49,7 @@ def main() -> None:
     network = {"preset": a.preset, "width": a.width}
     recipe = Recipe(name="benchmark", cities=("-",), network=network, window_px=a.window, batch=a.batch)
     device = torch.device("cuda:0" if gpu else "cpu")
-    net = build_network(recipe.network_config()).to(device)
+    net = build_network(recipe.network_config()).to(device, memory_format=torch.channels_last)  # as training does
     module = RoadModule(net, recipe, 0).to(device)
     optimiser = torch.optim.AdamW(net.parameters())
     side = 2 * int(np.ceil((a.window + 2 * recipe.view().halo_px) * recipe.augmentation.scale[1] / 2)) + 2
