@@ -58,14 +58,14 @@ class ReLU(nn.ReLU):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution of 1×1 with a stride, which steps before it multiplies when it learns on a CPU.
+    """A convolution that, of 1×1 with a stride, steps before it multiplies when it learns on a CPU.
 
     The same numbers; PyTorch 2.13 (oneDNN) writes beyond its memory on the way back where fewer than 16 channels lie last.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C_in, H, W) → (N, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if input.device.type != "cpu" or not torch.is_grad_enabled():
+        """(N, C_in, H, W) → (N, C_out, …)."""
+        if self.kernel_size != (1, 1) or input.device.type != "cpu" or not torch.is_grad_enabled():
             return super().forward(input)
         down, right = self.stride
         return F.conv2d(input[..., ::down, ::right], self.weight, self.bias)

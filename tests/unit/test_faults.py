@@ -176,7 +176,7 @@ def _start(city: City, workers: int = 2) -> subprocess.Popen[bytes]:
     code = f"""
 import sys
 from pathlib import Path
-from roadfuse_core.cluster import ClusterLostError, open_cluster
+from roadfuse_core.cluster import open_cluster
 from roadfuse_core.inference import infer, _plan
 from roadfuse_core.settings import ClusterSpec, load_city
 if __name__ == "__main__":
