@@ -139,7 +139,7 @@ def _check_maps(city: City) -> list[str]:
 
 
 def _check_model(city: City) -> list[str]:
-    ref = resolve_weights(choose_weights(city), city.root)
+    ref = resolve_weights(choose_weights(city), city.root).model_copy(update={"turns": city.model.turns})
     predictor = load_predictor(ref, city.grid.resolution_m)
     if city.points is not None:
         held = arrays_of(city.points)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import dask
@@ -189,12 +190,7 @@ def run_jobs(
     if client is None:
         results = []
         for job in jobs:
-            try:
-                results.append(function(job))
-            except Exception as error:
-                if on_error is None:
-                    raise
-                results.append(on_error(job, error))
+            results.append(_outcome(partial(function, job), job, on_error))
             count.add(amount(results[-1]))
         count.end()
         return results
@@ -205,14 +201,7 @@ def run_jobs(
         try:
             for future in as_completed(futures):
                 k = place[future.key]
-                try:
-                    out[k] = future.result()
-                except LOST:
-                    raise
-                except Exception as error:
-                    if on_error is None:
-                        raise
-                    out[k] = on_error(jobs[k], error)
+                out[k] = _outcome(future.result, jobs[k], on_error)
                 future.release()
                 count.add(amount(out[k]))
         finally:
@@ -222,6 +211,18 @@ def run_jobs(
             raise CancelledError
     count.end()
     return [out[k] for k in range(len(jobs))]
+
+
+def _outcome(work: Callable[[], Result], job: Job, on_error: Callable[[Job, Exception], Result] | None) -> Result:
+    """What the work returns, or what its error is worth; a scheduler that has gone is no error of the job."""
+    try:
+        return work()
+    except LOST:
+        raise
+    except Exception as error:
+        if on_error is None:
+            raise
+        return on_error(job, error)
 
 
 class _Count:

@@ -184,17 +184,17 @@ def _receivers(batch: Batch, layers: tuple[Layer, ...], px: int) -> Tensor:
         out = out + d.sigma_px[window, None] * shift
     corner = d.omit[window]
     omitted = ((out >= corner) & (out < corner + px / 2)).all(1)
-    sums = _turned(sums, arrays_of_layers(layers), d.matrix[window])
+    sums = _turned(sums, arrays_of_layers(layers), d.matrix, window)
     kept = (uniform(key, number, 10) < d.keep[window]) & ~omitted & (d.has_gps[window] > 0)
     return render_points(window[kept], out[kept], sums[kept], len(batch), layers, px)
 
 
-def _turned(sums: Tensor, arrays: tuple[str, ...], matrix: Tensor) -> Tensor:
+def _turned(sums: Tensor, arrays: tuple[str, ...], matrix: Tensor, window: Tensor) -> Tensor:
     """Bearings turn with their window: sums of sine and cosine, clockwise from north, by whole turns and reflections."""
     if "sin_sum" not in arrays:
         return sums
     sin, cos = arrays.index("sin_sum"), arrays.index("cos_sum")
-    signs = matrix.sign().long().mT  # of the way back, from source to output
+    signs = matrix.sign().long().mT[window]  # of the way back, from source to output
     east, south = sums[:, sin], -sums[:, cos]
     out = sums.clone()
     out[:, sin] = signs[:, 0, 0] * east + signs[:, 0, 1] * south

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyproj import Transformer
 
+from roadfuse_core.check import check_city
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.cubes import Layer, expire, ingest
 from roadfuse_core.errors import ConfigError
@@ -23,7 +24,7 @@ from roadfuse_core.inference._predictor import turn_bearings
 from roadfuse_core.metrics import Confusion, score_city, scores
 from roadfuse_core.models import CheckpointInfo, build_network, preset, save_checkpoint
 from roadfuse_core.mosaic import NODATA, write_cog, write_item
-from roadfuse_core.settings import City, ClusterSpec, ModelSpec, load_city
+from roadfuse_core.settings import City, ClusterSpec, InvalidCityError, ModelSpec, load_city
 
 LAYERS = [
     {"kind": "log_count", "cap": 20, "gain": 5},
@@ -276,6 +277,8 @@ def test_a_lone_sine_cannot_be_turned(city, tmp_path):
     turning = city.model_copy(update={"model": ModelSpec(weights=str(path), turns=True)})
     with pytest.raises(ConfigError, match=r"^model\.turns: True needs a layer cos beside sin; train with both"):
         plan_refresh(turning)
+    with pytest.raises(InvalidCityError, match=r"model\.turns: True needs a layer cos beside sin"):
+        check_city(turning)
     plan_refresh(turning.model_copy(update={"model": ModelSpec(weights=str(path))}))
 
 
