@@ -33,13 +33,14 @@ class RoadModule(LightningModule):
         super().__init__()
         self.network, self.recipe, self.stage, self.view = network, recipe, stage, recipe.view()
         self.steps = recipe.stages[stage].epochs * recipe.epoch_steps
+        self.free_steps = round(self.steps * (1 - recipe.freeze_norm))  # after these, batch norms are frozen
         self.counts = torch.zeros(4, dtype=torch.int64)
         self.score = 0.0  # g_iou of the last validation
 
     def train(self, mode: bool = True) -> RoadModule:
-        """Training mode; batch norms stay as they are when they are frozen."""
+        """Training mode; batch norms that are frozen keep their statistics and norm by them, as at inference."""
         super().train(mode)
-        if self.recipe.freeze_norm:
+        if self.global_step >= self.free_steps:
             for module in self.network.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
@@ -48,6 +49,11 @@ class RoadModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Lightning leaves modules in the mode in which they came."""
         self.train()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Batch norms freeze in the midst of an epoch too."""
+        if self.global_step == self.free_steps:
+            self.train()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Points and bytes travel, not layers."""

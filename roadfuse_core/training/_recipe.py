@@ -174,7 +174,7 @@ class Recipe(_Spec):
     epoch_windows: int = Field(800, ge=1, description="windows an epoch")
     road_bias: Share = Field(0.5, description="share of windows drawn from tiles in proportion to their road")
     precision: Literal["bf16", "32"] = Field("bf16", description="of the forward and backward pass")
-    freeze_norm: bool = Field(False, description="batch norms keep their statistics")
+    freeze_norm: Share = Field(0.2, description="share of each stage, its last, in which batch norms keep their statistics")
     patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better validation")
     keep: Literal["last", "best"] = Field("last", description="weights of the last epoch, or of the best validation")
     ranks: int | None = Field(None, ge=1, description="processes that share the batch; by default one a GPU")

@@ -94,10 +94,24 @@ def test_a_full_disk_stops_a_training_that_goes_on_when_there_is_room(recipe, tm
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_batch_norms_keep_their_statistics_at_the_end_of_every_stage(recipe, tmp_path, monkeypatch):
+    counted, step = [], training._module.RoadModule.training_step
+
+    def watch(module, batch, number):
+        loss = step(module, batch, number)
+        norms = [m for m in module.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        counted.append({int(m.num_batches_tracked) for m in norms})
+        return loss
+
+    monkeypatch.setattr(training._module.RoadModule, "training_step", watch)
+    train(recipe(stages=[{"epochs": 3}, {"epochs": 1}], freeze_norm=0.5), tmp_path / "run", threads=1)
+    assert counted == [{1}, {2}, {3}, {3}, {3}, {3}, {4}, {4}], "two steps an epoch: three of six, then one of two"
+
+
 def test_two_ranks_with_half_a_batch_are_one_with_the_whole(recipe, tmp_path):
     """Frozen batch norms and a loss per window; Adam of few steps keeps rounding small."""
     fields = {
-        "freeze_norm": True,
+        "freeze_norm": 1,
         "loss": "bce",
         "stages": [{"epochs": 1}],
         "optimiser.lr": 1e-4,
