@@ -55,11 +55,13 @@ def run_suite(cities: Sequence[City], checkpoints: Sequence[Path], out: Path, te
         A row for each network, city and damage: g_iou, a_iou, and the relative drop of g_iou.
 
     Raises:
-        ConfigError: Two checkpoints have one name, or one was made for another pixel size than a city's.
+        ConfigError: Two checkpoints have one name, one is no network, or was made for another pixel size than a city's.
     """
     names = {p.stem if p.stem != "checkpoint" else p.parent.name: p for p in checkpoints}
     if len(names) < len(checkpoints):
         raise ConfigError("--weights", [str(p) for p in checkpoints], "have equal names", "rename one")
+    if densities := [p.name for p in checkpoints if p.suffix != ".safetensors"]:
+        raise ConfigError("--weights", densities[0], "is no network, and the suite is for networks", "leave it out")
     rows = []
     for name, path in names.items():
         network, info = load_checkpoint(path)

@@ -263,6 +263,13 @@ def test_the_suite_damages_what_it_says(city, tmp_path):
     assert "Bokeh" in (tmp_path / "out/suite.html").read_text()
 
 
+def test_the_suite_is_for_networks(city, tmp_path):
+    shipped = Path(training.__file__).parents[1] / "weights"
+    with pytest.raises(ConfigError, match=r"--weights: 'kde\.json' is no network, and the suite is for networks"):
+        run_suite([city], [shipped / "fused.safetensors", shipped / "kde.json"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_lanes_decide_the_width_of_openstreetmap(city, tmp_path):
     import geopandas as gpd
     from shapely.geometry import LineString
