@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from roadfuse_core.models._config import NetworkConfig
 from roadfuse_core.models._context import build_context
-from roadfuse_core.models._decoder import build_decoder
+from roadfuse_core.models._decoder import FineHead, build_decoder
 from roadfuse_core.models._encoder import (
     Encoder,
     ResidualEncoder,
@@ -64,6 +64,8 @@ class Branch(nn.Module):
             ch = config.channels
             self.context, self.context_width = build_context(config.context, self.encoder.widths[-1], ch(256))
             self.decoder = build_decoder(config.decoder, self.encoder, self.context_width, config.up, ch(32), ch(48))
+            if config.head == "fine":
+                self.decoder.head = FineHead(c_in, self.decoder.widths[-1], ch(32), config.up)
 
     def encode(self, x: Tensor, stem: Tensor | None = None) -> Encoded:
         """All stages."""
@@ -86,7 +88,12 @@ class Branch(nn.Module):
             out.append(self.decoder.block(number, out[-1], made.skips, made.indices))
         return out
 
+    def logits(self, last: Tensor, x: Tensor) -> Tensor:
+        """Logits (N, 1, H, W) of the decoder's last features; the fine head sees the input (N, C, H, W) again."""
+        head = self.decoder.head
+        out: Tensor = head(last, x) if isinstance(head, FineHead) else head(last)
+        return out
+
     def forward(self, x: Tensor, stem: Tensor | None = None) -> Tensor:
         """Logits (N, 1, H, W) of (N, C, H, W), both multiples of `scale`."""
-        out: Tensor = self.decoder.head(self.decode(self.encode(x, stem))[-1])
-        return out
+        return self.logits(self.decode(self.encode(x, stem))[-1], x)

@@ -31,7 +31,7 @@ class NetworkConfig(BaseModel):
         message_gates: Whether messages are gated.
         message_kernel: Of the local message: 1 as released, 3 in the paper.
         pyramid_levels: Of the global message: grids of 1, 2, 4 and 8 maxima, so many of them.
-        head: `linear`, or `pointrend` on top of a decoder at 1/4.
+        head: `linear`, `fine` on top of LinkNet's decoder, or `pointrend` on top of a decoder at 1/4.
         last_stride: Of a ResNet's last stage.
         width: Factor on all channel numbers; 1.0 is the published network.
     """
@@ -51,7 +51,7 @@ class NetworkConfig(BaseModel):
     message_gates: bool = True
     message_kernel: Literal[1, 3] = 1
     pyramid_levels: int = Field(3, ge=1, le=4)
-    head: Literal["linear", "pointrend"] = "linear"
+    head: Literal["linear", "fine", "pointrend"] = "linear"
     last_stride: Literal[1, 2] = 2
     width: float = Field(1.0, gt=0, le=4)
 
@@ -72,8 +72,9 @@ class NetworkConfig(BaseModel):
             raise ValueError(f"decoder {self.decoder!r} does not fit encoder {self.encoder!r}")
         if self.fusion in ("stems", "roadfuse") and not resnet:
             raise ValueError(f"fusion {self.fusion!r} needs a ResNet, whose stems it adds")
-        if self.head == "pointrend" and self.decoder != "x4":
-            raise ValueError("head 'pointrend' needs decoder 'x4'")
+        on = {"pointrend": "x4", "fine": "linknet"}.get(self.head, self.decoder)
+        if self.decoder != on:
+            raise ValueError(f"head {self.head!r} needs decoder {on!r}")
         if several and len(self.modalities) < 2:
             raise ValueError(f"fusion {self.fusion!r} needs at least two modalities")
         return self

@@ -384,7 +384,7 @@ class RoadFuse(Network):
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
         """See `Network.fuse`."""
         made, y = Encoded(), dict(x)
-        y[self.names[0]] = torch.cat([x[n] for n in self.names], 1)
+        joint = y[self.names[0]] = torch.cat([x[n] for n in self.names], 1)
         there = torch.cat([present[n] for n in self.names], 1)  # (N, modalities, 1, 1)
         maps: dict[str, Tensor] = {}
         for k in range(len(self.main.encoder.widths)):
@@ -392,7 +392,7 @@ class RoadFuse(Network):
             maps |= {f"gate/{n}/{k + 1}": gates[:, m : m + 1] for m, n in enumerate(self.names)}
             y[self.names[0]] = made.skips[-1] = fused
         blocks = self.main.decode(made)
-        return Prediction(self.main.decoder.head(blocks[-1]), {"side": self.side(blocks[3])}, maps)
+        return Prediction(self.main.logits(blocks[-1], joint), {"side": self.side(blocks[3])}, maps)
 
     def settle(self) -> None:
         """What meets the main branch begins at zero, and blocks without norms as their shortcuts (De and Smith 2020)."""
@@ -431,8 +431,11 @@ def build_network(config: NetworkConfig) -> Network:
     Raises:
         ConfigError: Parts that fit one by one do not fit together.
     """
-    if config.head == "pointrend" and config.fusion != "concatenate":
-        raise ConfigError("network.head", config.head, f"is not made for fusion {config.fusion!r}", "use fusion concatenate")
+    fusions = {"pointrend": ("concatenate",), "fine": ("concatenate", "roadfuse")}.get(config.head, (config.fusion,))
+    if config.fusion not in fusions:
+        raise ConfigError(
+            "network.head", config.head, f"is not made for fusion {config.fusion!r}", f"use fusion {' or '.join(fusions)}"
+        )
     network = PointRendered(config) if config.head == "pointrend" else KINDS[config.fusion](config)
     initialise(network)
     network.settle()

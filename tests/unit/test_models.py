@@ -294,6 +294,7 @@ def test_weights_that_do_not_fit_are_named_key_by_key(tmp_path):
     ({"decoder": "unet"}, "decoder 'unet' does not fit encoder 'resnet34'"),
     ({"encoder": "vgg16"}, "decoder 'linknet' does not fit encoder 'vgg16'"),
     ({"head": "pointrend"}, "needs decoder 'x4'"),
+    ({"head": "fine", "encoder": "unet", "decoder": "unet"}, "head 'fine' needs decoder 'linknet'"),
     ({"fusion": "gated", "modalities": {"image": 3}}, "needs at least two modalities"),
     ({"modalities": {"image": 0}}, "at least one channel"),
     ({"encoder": "unet", "decoder": "unet", "fusion": "stems"}, "needs a ResNet"),
@@ -311,6 +312,28 @@ def test_three_modalities(fusion):
     network = build_network(config).eval()
     assert network(inputs(config, 1, 64, 64)).logits.shape == (1, 1, 64, 64)
     assert torch.isfinite(network({"lidar": torch.randn(1, 2, 64, 64)}).logits).all()
+
+
+@pytest.mark.parametrize("up", ["transposed", "1d", "1d-released"])
+@pytest.mark.parametrize("name", ["d-linknet34", "roadfuse"])
+def test_the_fine_head_fits_any_size_and_all_of_it_learns(name, up):
+    network = build_network(preset(name).model_copy(update={"width": 0.125, "head": "fine", "up": up})).train()
+    made = network(inputs(network.config, 2, 70, 41))
+    assert made.logits.shape == (2, 1, 70, 41)
+    made.logits.square().mean().backward()
+    idle = [n for n, p in network.named_parameters() if p.grad is None]
+    assert not idle or all(n.startswith("side.") for n in idle), idle
+    network.eval()
+    x = inputs(network.config, 1, 64, 64)
+    with torch.inference_mode():
+        plain = network(x).logits
+        assert torch.allclose(fold_norms(network)(x).logits, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize(("head", "fusion"), [("fine", "gated"), ("fine", "stems")])
+def test_heads_are_refused_where_they_are_not_made_for_the_fusion(head, fusion):
+    with pytest.raises(ConfigError, match=f"head: '{head}' is not made for fusion '{fusion}'"):
+        build_network(NetworkConfig.model_validate({"head": head, "fusion": fusion}))
 
 
 @pytest.mark.parametrize("messages", ["local", "global", "local+global"])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from roadfuse_core.models import LOSSES, NetworkConfig, build_network, deep_loss, preset, road_distance
 from roadfuse_core.models._blocks import Directional, upsampler
 from roadfuse_core.models._context import PyramidPooling
+from roadfuse_core.models._decoder import FineHead
 from roadfuse_core.models._fusion import DualEnhancement, ForestScore, GatedFusion, Refinement
 from roadfuse_core.models._pointrend import PointRend, sample_points, uncertain_points
 
@@ -229,6 +230,18 @@ def test_training_points_are_mostly_the_uncertain_ones():
     place, centre = uncertain_points(coarse, 5)
     assert (place % 32 >= 16).all()
     assert torch.allclose(sample_points(coarse, centre), torch.full((1, 1, 5), 0.01), atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [(2, 0), (0, -4), (-6, 2)])
+def test_what_the_fine_head_sees_of_the_input_moves_with_it(shift):
+    """Where the decoder says nothing, a shift of the input by whole pixels of half size is one of the logits."""
+    head = FineHead(5, 16, 8, "transposed").eval()
+    x = torch.randn(1, 5, 64, 64)
+    last = torch.zeros(1, 16, 32, 32)
+    here, there = head(last, x), head(last, torch.roll(x, shift, (2, 3)))
+    inside = (..., slice(16, -16), slice(16, -16))
+    assert torch.allclose(torch.roll(here, shift, (2, 3))[inside], there[inside], atol=1e-5)
+    assert here[inside].std() > 1e-3, "it sees something"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 16)])
