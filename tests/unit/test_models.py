@@ -322,7 +322,7 @@ def test_the_fine_head_fits_any_size_and_all_of_it_learns(name, up):
     assert made.logits.shape == (2, 1, 70, 41)
     made.logits.square().mean().backward()
     idle = [n for n, p in network.named_parameters() if p.grad is None]
-    assert not idle or all(n.startswith("side.") for n in idle), idle
+    assert all(n.startswith("side.") for n in idle), idle  # of auxiliary logits there is no loss here
     network.eval()
     x = inputs(network.config, 1, 64, 64)
     with torch.inference_mode():
@@ -330,10 +330,12 @@ def test_the_fine_head_fits_any_size_and_all_of_it_learns(name, up):
         assert torch.allclose(fold_norms(network)(x).logits, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
 
 
-@pytest.mark.parametrize(("head", "fusion"), [("fine", "gated"), ("fine", "stems")])
-def test_heads_are_refused_where_they_are_not_made_for_the_fusion(head, fusion):
+@pytest.mark.parametrize(("head", "decoder", "fusion"), [
+    ("fine", "linknet", "gated"), ("fine", "linknet", "stems"), ("pointrend", "x4", "roadfuse"),
+])  # fmt: skip
+def test_heads_are_refused_where_they_are_not_made_for_the_fusion(head, decoder, fusion):
     with pytest.raises(ConfigError, match=f"head: '{head}' is not made for fusion '{fusion}'"):
-        build_network(NetworkConfig.model_validate({"head": head, "fusion": fusion}))
+        build_network(NetworkConfig.model_validate({"head": head, "decoder": decoder, "fusion": fusion}))
 
 
 @pytest.mark.parametrize("messages", ["local", "global", "local+global"])
