@@ -166,8 +166,8 @@ PRESETS: dict[str, Preset] = {
         (_EROAD, "e-road-18", _ASPP | {"modalities": _IMAGE, "encoder": "resnet18", "decoder": "x4", "head": "pointrend"}),
         (_EROAD, "e-road-34", _ASPP | {"modalities": _IMAGE, "decoder": "x4", "head": "pointrend"}),
         (_EROAD, "drunet", _RES_UNET | {"modalities": _IMAGE}),
-        ("RoadFuse", "roadfuse", {"fusion": "roadfuse"}),
-        ("RoadFuse", "roadfuse-compact", {"fusion": "roadfuse", "width": 0.25}),
+        ("RoadFuse", "roadfuse", {"fusion": "roadfuse", "head": "fine"}),
+        ("RoadFuse", "roadfuse-compact", {"fusion": "roadfuse", "head": "fine", "width": 0.25}),
     )
 }  # fmt: skip
 

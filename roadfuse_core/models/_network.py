@@ -358,8 +358,8 @@ class RoadFuse(Network):
     After every encoder stage the slim features are widened by 1×1, weighed by gates (softmax over the modalities, as in
     DeepDualMapper; absent ones get none) and added to the main ones, and each slim encoder is told the outcome (a 1×1
     message, as in CMMPNet). All of these begin at zero: at first the network is its main branch, early fusion, and what
-    is added must earn its weight. The decoder's third block is supervised too. Gates leave the network, so that people see
-    how much a modality's own view counted beside the joint one, which has the first modality's gate.
+    is added must earn its weight. Gates leave the network, so that people see how much a modality's own view counted beside
+    the joint one, which has the first modality's gate.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -377,8 +377,6 @@ class RoadFuse(Network):
         # After the last stage nothing of a slim encoder follows that could be told.
         self.tell = nn.ModuleDict({n: nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs[:-1]) for n in others})
         self.decide = nn.ModuleList(nn.Conv2d(w * len(self.names), len(self.names), 1) for w in widths)
-        self.side = nn.Conv2d(self.main.decoder.widths[2], 1, 1)
-        self.auxiliary_weights = {"side": 0.4}
         self.window_multiple = multiple_of(self.main)
 
     def fuse(self, x: Tensors, present: Tensors) -> Prediction:
@@ -391,8 +389,7 @@ class RoadFuse(Network):
             fused, gates = self._stage(k, y, made, there)
             maps |= {f"gate/{n}/{k + 1}": gates[:, m : m + 1] for m, n in enumerate(self.names)}
             y[self.names[0]] = made.skips[-1] = fused
-        blocks = self.main.decode(made)
-        return Prediction(self.main.logits(blocks[-1], joint), {"side": self.side(blocks[3])}, maps)
+        return Prediction(self.main.logits(self.main.decode(made)[-1], joint), {}, maps)
 
     def settle(self) -> None:
         """What meets the main branch begins at zero, and blocks without norms as their shortcuts (De and Smith 2020)."""

@@ -102,21 +102,28 @@ def _labels(batch: Batch, px: int) -> tuple[Tensor, Tensor]:
 def _camera(batch: Batch, px: int) -> Tensor:
     """Other places on the image, other tone, colour, sharpness, noise and weather; normalised, zeros where unknown."""
     d, matrix = batch.draws, _to_output(batch.draws, batch.image.shape[-1], px)
-    moved = warp_affine(batch.image.float() / 255, matrix, (px, px), mode="bilinear", padding_mode="zeros")
+    moved = warp_affine(batch.image.float(), matrix, (px, px), mode="bilinear", padding_mode="zeros") / 255
     x, seen = moved[:, :3], (moved[:, 3:] > 0.999).float()
     if bool((d.gamma != 1).any()):
         x = adjust_gamma(x.clamp(0, 1), d.gamma)
-    x = x * d.gain[:, :, None, None] + _wide(d.lift)
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * _wide(d.saturation)
-    mean = (x * seen).sum((1, 2, 3), keepdim=True) / (3 * seen.sum((1, 2, 3), keepdim=True)).clamp(min=1)
-    x = mean + (x - mean) * _wide(d.contrast)
-    x = _blur(x, d.blur_px)
-    x = x * (1 - _wide(d.fog)) + FOG * _wide(d.fog)
+    x = _blur(_toned(x, seen, d), d.blur_px)
     if bool((d.noise > 0).any()):
         x = x + _wide(d.noise) * _grain(batch.key, px)
     x = (x.clamp(0, 1) - 0.5) / 0.25 * seen
     return x * (1 - _square(d.blank, px))
+
+
+def _toned(x: Tensor, seen: Tensor, d: Draws) -> Tensor:
+    """Gain and lift, saturation, contrast about the mean of what is seen, and fog: one affine map of the colours a window."""
+    grey = x.new_full((3, 3), 1 / 3)
+    mix = (grey + (torch.eye(3, device=x.device) - grey) * d.saturation[:, None, None]) * d.gain[:, None, :]  # (N, 3, 3)
+    area = seen.sum((1, 2, 3)).clamp(min=1)
+    colour = x.flatten(2) @ seen.flatten(2).mT / area[:, None, None]  # (N, 3, 1), the mean
+    mean = (mix @ colour).mean((1, 2)) + d.lift
+    clear = 1 - d.fog
+    shift = clear * (d.contrast * d.lift + (1 - d.contrast) * mean) + FOG * d.fog
+    scale = (clear * d.contrast)[:, None, None]
+    return torch.baddbmm(shift[:, None, None], scale * mix, x.flatten(2)).reshape_as(x)
 
 
 def _grain(key: Tensor, px: int) -> Tensor:

@@ -116,7 +116,7 @@ class RoadModule(LightningModule):
         """Optimiser and schedule of the recipe."""
         o = self.recipe.optimiser
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        optimiser = kinds[o.kind](self.network.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+        optimiser = kinds[o.kind](self.network.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
         if o.schedule == "plateau":
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, "max", o.factor, PATIENCE)
             never = 10**9
@@ -127,6 +127,13 @@ class RoadModule(LightningModule):
         rate: Callable[[int], float] = (lambda t: 1.0) if o.schedule == "constant" else self._poly
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """By norm. Lightning's own way refuses fused optimisers, as if gradients were scaled, which those of bf16 are not."""
+        if gradient_clip_val is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), float(gradient_clip_val))
 
     def _poly(self, step: int) -> float:
         """(1 - t/T)^0.9 (PP-LinkNet, section 3.4)."""

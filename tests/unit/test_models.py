@@ -213,8 +213,8 @@ def test_published_sizes():
     assert count(pyramid) == 4 * (512 * 128 + 128) + 1024 * 512 + 512 == 787_456
 
 
-def test_ours_needs_fewer_operations_than_cmmpnet():
-    assert describe(preset("roadfuse")).gflops < describe(preset("cmmpnet-d-linknet34")).gflops / 2
+def test_ours_needs_two_thirds_of_the_operations_of_cmmpnet():
+    assert describe(preset("roadfuse")).gflops < describe(preset("cmmpnet-d-linknet34")).gflops * 2 / 3
 
 
 def test_operations_are_those_of_the_formula():
@@ -321,8 +321,7 @@ def test_the_fine_head_fits_any_size_and_all_of_it_learns(name, up):
     made = network(inputs(network.config, 2, 70, 41))
     assert made.logits.shape == (2, 1, 70, 41)
     made.logits.square().mean().backward()
-    idle = [n for n, p in network.named_parameters() if p.grad is None]
-    assert all(n.startswith("side.") for n in idle), idle  # of auxiliary logits there is no loss here
+    assert not [n for n, p in network.named_parameters() if p.grad is None]
     network.eval()
     x = inputs(network.config, 1, 64, 64)
     with torch.inference_mode():

@@ -35,7 +35,8 @@ from roadfuse_core.training import (
 )
 from roadfuse_core.training import _augment as augment
 from roadfuse_core.training._fit import _fraction
-from roadfuse_core.training._windows import stillness
+from roadfuse_core.training._recipe import Augmentation
+from roadfuse_core.training._windows import Draws, draw, stillness
 
 QUANTITIES = (
     Layer(kind="binary"), Layer(kind="count", cap=3), Layer(kind="log_count", cap=20, gain=2), Layer(kind="speed", cap=20),
@@ -278,6 +279,27 @@ def test_a_still_window_is_what_the_cube_renders(city, tmp_path):
         inside = made.inputs["image"][k].numpy()
         assert np.abs(inside - (np.rint(rgb) / 255 - 0.5) / 0.25)[:, 64:192, 64:192].max() < 1e-3, "a grey level is 0.016"
         assert made.known[k].sum() == 128 * 128, "only the tile itself is scored"
+
+
+def plain_tones(x, seen, d):
+    """One window (3, H, W), one step after the other."""
+    x = x * d["gain"][:, None, None] + d["lift"]
+    grey = x.mean(0)
+    x = grey + (x - grey) * d["saturation"]
+    mean = x[:, seen].mean() if seen.any() else 0
+    x = mean + (x - mean) * d["contrast"]
+    return x * (1 - d["fog"]) + augment.FOG * d["fog"]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]))
+def test_tones_at_once_are_those_of_one_after_the_other(seed, seen_share):
+    rng = np.random.default_rng(seed)
+    changes = [draw(rng, Augmentation(fog=0.5), 16) for _ in range(3)]
+    draws = Draws(**{k: torch.from_numpy(np.stack([c[k] for c in changes])) for k in changes[0]})
+    x, seen = rng.random((3, 3, 16, 16), np.float32), rng.random((3, 1, 16, 16)) < seen_share
+    made = augment._toned(torch.from_numpy(x), torch.from_numpy(seen).float(), draws).numpy()
+    for got, image, known, change in zip(made, x, seen, changes):
+        assert np.allclose(got * known, plain_tones(image.astype(float), known[0], change) * known, atol=1e-5)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 400), st.integers(1, 3))
