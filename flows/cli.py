@@ -411,12 +411,13 @@ def _show_ledger(dumps: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command; errors become one line each and an exit code."""
-    code = 0
+    code = 1  # of a fault that nobody foresaw, which Python shows
     # Registered first, so that it runs last: libraries written in C++ now and then abort while the system tears them down,
     # after everything of ours is done, and would turn the exit code into a signal.
     atexit.register(lambda: _leave(code))
     try:
         app()
+        code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except RoadFuseError as error:

@@ -28,11 +28,11 @@ def train(
 ) -> None:
     """Train a network; run again after a crash, it goes on."""
     from roadfuse_core.models import describe
-    from roadfuse_core.training import load_recipe, parse_vary, split_recipe
+    from roadfuse_core.training import load_recipe, parse_settings, split_recipe
     from roadfuse_core.training import train as train_network
     from tasks.progress import ConsoleProgress
 
-    recipe = load_recipe(recipe_file, {k: v[0] for k, v in parse_vary(settings or []).items()})
+    recipe = load_recipe(recipe_file, parse_settings(settings or []))
     splits, size = split_recipe(recipe), describe(recipe.network_config())
     counts = ", ".join(f"{sum(map(len, getattr(splits, k).values()))} {k}" for k in ("train", "validation", "test"))
     steps = sum(s.epochs for s in recipe.stages) * recipe.epoch_steps

@@ -258,23 +258,24 @@ def load_city(path: Path) -> City:
         raise InvalidCityError("\n".join(describe_errors(error, City))) from error
 
 
-def describe_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
+def describe_errors(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:
     """One line for each mistake of a file: key, value and fix.
 
     Args:
         error: What pydantic found.
-        model: The record that the file should have been.
+        model: The record that the file, or its part, should have been.
+        within: Dotted key of the part; empty for the file.
     """
     found = error.errors()
     # A misspelt required key is one mistake, not an unknown key and a missing one.
     misspelt = {(*e["loc"][:-1], _nearest(e["loc"], model)) for e in found if e["type"] == "extra_forbidden"}
-    return [_line(e, model) for e in found if e["type"] != "missing" or e["loc"] not in misspelt]
+    return [_line(e, model, within) for e in found if e["type"] != "missing" or e["loc"] not in misspelt]
 
 
-def _line(error: Any, model: type[BaseModel]) -> str:
-    """One wrong key as `key: value problem; fix`."""
+def _line(error: Any, model: type[BaseModel], within: str) -> str:
+    """One wrong key as `key: value problem; fix`; of several that do not fit together, `key: problem`."""
     parts = [str(p) for p in error["loc"]]
-    key = ".".join(p for p in parts if p != "[key]") or "file"
+    key = ".".join(p for p in (within, *parts) if p and p != "[key]") or "file"
     kind, value = error["type"], error["input"]
     shown = repr(value) if not isinstance(value, dict) else "{" + ", ".join(map(str, value)) + "}"
     if kind == "extra_forbidden":
@@ -286,6 +287,8 @@ def _line(error: Any, model: type[BaseModel]) -> str:
     if kind == "literal_error":
         return f"{key}: {shown} is not a known value; use {error['ctx']['expected']}"
     message = error["msg"].removeprefix("Value error, ")
+    if kind == "value_error" and isinstance(value, dict):
+        return f"{key}: {message}"
     return f"{key}: {shown} is wrong; {message[0].lower()}{message[1:]}"
 
 

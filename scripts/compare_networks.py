@@ -72,9 +72,12 @@ def row_files(experiment: Experiment) -> dict[tuple[str, str, int], Path]:
 
 
 def keep_rows(out: Path) -> None:
-    """Rows of finished runs, into the repository."""
+    """Rows of finished runs, into the repository; those that belong to no experiment any more leave it."""
+    wanted = {path for experiment in EXPERIMENTS.values() for path in row_files(experiment).values()}
     for row in out.glob("*/runs/*/row.json"):
         write_whole(ROWS / f"{row.parent.name}.json", row.read_text())
+    for path in set(ROWS.glob("*.json")) - wanted:
+        path.unlink()
 
 
 def rows_of(experiment: Experiment) -> pd.DataFrame:

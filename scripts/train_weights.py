@@ -32,9 +32,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw cities")
     parser.add_argument("--threads", type=int, help="of PyTorch; by default all cores")
     a = parser.parse_args()
-    draw_cities(a.out, CITIES, a.workers)
     shipped = [WEIGHTS / f"{name}.yaml" for name in a.only.split(",") if name]
-    for source in [*shipped, *a.beside]:
+    recipes = [*shipped, *a.beside]
+    named = "".join(source.read_text() for source in recipes)
+    draw_cities(a.out, {split: seeds for split, seeds in CITIES.items() if f"cities/{split}/" in named}, a.workers)
+    for source in recipes:
         recipe = a.out / source.name
         shutil.copyfile(source, recipe)
         done = train(load_recipe(recipe), a.out / "runs" / recipe.stem, show, a.threads)

@@ -74,7 +74,7 @@ def open_repository(path: Path, create: bool = False) -> icechunk.Repository:
 
 @contextmanager
 def committer_lock(path: Path) -> Iterator[None]:
-    """Hold a repository's only right to commit; freed by the system when the process dies.
+    """Hold the only right to write to a folder (a city's repositories, a training run); freed when the process dies.
 
     Raises:
         StoreError: Another process holds it.
@@ -86,7 +86,7 @@ def committer_lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise StoreError(f"{path}: process {holder} is writing to this city; wait for it or stop it") from None
+            raise StoreError(f"{path}: process {holder} is writing there; wait for it or stop it") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -66,12 +66,16 @@ def inflate_stem(weight: Tensor, channels: int) -> Tensor:
     return torch.cat([weight, mean.repeat(1, channels - weight.shape[1], 1, 1)], 1)
 
 
+# What PyTorch raises on bytes that are no weights: it takes them for an old file, and runs them as a pickle.
+READING = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError("weights", str(path), "does not exist", "give the file that torchvision publishes")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except READING as error:
         raise DataError(f"{path}: is not a file of weights ({type(error).__name__}); download it again") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: holds no plain state dict; save `model.state_dict()`")

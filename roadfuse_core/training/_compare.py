@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from dask.distributed import Client
 from scipy import stats
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
-from roadfuse_core.errors import ConfigError
 from roadfuse_core.files import write_whole
 from roadfuse_core.models import build_network, describe, load_checkpoint
 from roadfuse_core.training._fit import lay_split, split_recipe, train
@@ -34,7 +32,6 @@ __all__ = [
     "measure_speeds",
     "paired",
     "paired_differences",
-    "parse_vary",
     "plan_runs",
     "tabulate",
 ]
@@ -63,27 +60,6 @@ class _Run:
     variant: str
     out: str
     suite: bool
-
-
-def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """`key=a,b` or `key=[…]` in YAML, as values by dotted key.
-
-    Raises:
-        ConfigError: One is something else, or names a key twice.
-    """
-    out: dict[str, list[Any]] = {}
-    for text in texts:
-        key, sign, value = text.partition("=")
-        if not sign or not key or not value or key in out:
-            raise ConfigError(
-                "--vary", text, "is not KEY=VALUE,VALUE with a key of its own", "write network.preset=unet,segnet"
-            )
-        try:
-            parsed = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
-        except yaml.YAMLError as error:
-            raise ConfigError("--vary", text, "is not YAML behind the equals sign", "write key=[a, b]") from error
-        out[key] = parsed
-    return out
 
 
 def compare(

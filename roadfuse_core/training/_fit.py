@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet, telling_loss
+from roadfuse_core.cubes import committer_lock
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.grid import TileIndex, split_tiles
@@ -164,30 +165,33 @@ def train(
 
     Raises:
         ConfigError: The recipe does not fit the data, said before the first step.
-        StoreError: The folder holds another recipe's run.
+        StoreError: The folder holds another recipe's run, or another process trains in it.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    _own(out, recipe)
-    done = out / "done.json"
-    if not done.is_file():
-        _begin(recipe)  # whatever is wrong with the network is said before data is read
-        splits = split_recipe(recipe)
-        write_whole(out / "splits.json", json.dumps(asdict(splits), indent=1))
-        grounds = _lay_all(recipe, splits, out.parent / "ground", tell)
-        ranks = recipe.ranks or max(1, count_gpus())
-        began = time.perf_counter()
-        result = _run_ranks(recipe, grounds, out, ranks, tell, threads, cluster)
-        write_whole(done, json.dumps(result | {"seconds": time.perf_counter() - began}))
-    facts = json.loads(done.read_text())
+    with committer_lock(out):
+        _require_own(out, recipe)
+        if not (out / "done.json").is_file():
+            _complete(recipe, out, tell, threads, cluster)
+    facts = json.loads((out / "done.json").read_text())
     return Trained(out / "checkpoint.safetensors", out / "splits.json", facts["g_iou"], facts["epochs"])
 
 
-def _own(out: Path, recipe: Recipe) -> None:
+def _complete(recipe: Recipe, out: Path, tell: Progress, threads: int | None, cluster: ClusterSpec | None) -> None:
+    """All of a run that is not done; from its last whole epoch, if it has begun."""
+    _begin(recipe)  # whatever is wrong with the network is said before data is read
+    splits = split_recipe(recipe)
+    grounds = _lay_all(recipe, splits, out.parent / "ground", tell)
+    # From here on the folder is this recipe's; one that was refused does not keep it.
+    write_whole(out / "recipe.json", recipe.model_dump_json(indent=1))
+    write_whole(out / "splits.json", json.dumps(asdict(splits), indent=1))
+    began = time.perf_counter()
+    result = _run_ranks(recipe, grounds, out, recipe.ranks or max(1, count_gpus()), tell, threads, cluster)
+    write_whole(out / "done.json", json.dumps(result | {"seconds": time.perf_counter() - began}))
+
+
+def _require_own(out: Path, recipe: Recipe) -> None:
     mark = out / "recipe.json"
-    text = recipe.model_dump_json(indent=1)
-    if mark.is_file() and mark.read_text() != text:
+    if mark.is_file() and mark.read_text() != recipe.model_dump_json(indent=1):
         raise StoreError(f"{out}: holds a run of another recipe; give another --out, or remove the folder")
-    write_whole(mark, text)
 
 
 def _begin(recipe: Recipe) -> Network:
@@ -197,7 +201,10 @@ def _begin(recipe: Recipe) -> Network:
     if recipe.network.resnet:
         load_resnet_weights(network, recipe.root / recipe.network.resnet)
     if recipe.network.start:
-        held, info = load_checkpoint(recipe.root / recipe.network.start)
+        try:
+            held, info = load_checkpoint(recipe.root / recipe.network.start)
+        except ConfigError as error:
+            raise ConfigError("network.start", error.value, error.problem, error.fix) from error
         if info.network != recipe.network_config():
             raise ConfigError("network.start", recipe.network.start, "holds another network", "name its preset and width")
         network.load_state_dict(held.state_dict())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from roadfuse_core.cubes import Layer, halo_px
 from roadfuse_core.errors import ConfigError, RoadFuseError
@@ -26,6 +27,8 @@ __all__ = [
     "StageSpec",
     "View",
     "load_recipe",
+    "parse_settings",
+    "parse_vary",
 ]
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,11 +53,12 @@ class NetworkSpec(_Spec):
     resnet: str | None = Field(None, description="file of ResNet weights as torchvision publishes them")
     start: str | None = Field(None, description="checkpoint of the same network to begin with")
 
-    @model_validator(mode="after")
-    def _known(self) -> NetworkSpec:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset {self.preset!r} is unknown; `roadfuse models` lists them")
-        return self
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError("`roadfuse models` lists the presets")
+        return value
 
     def config(self, layers: int) -> NetworkConfig:
         """The configuration, with as many GPS channels as there are layers."""
@@ -180,10 +184,15 @@ class Recipe(_Spec):
     ranks: int | None = Field(None, ge=1, description="processes that share the batch; by default one a GPU")
     root: Path = Field(Path(), exclude=True, description="folder of the recipe")
 
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        if value not in LOSSES:
+            raise ValueError(f"use one of {', '.join(LOSSES)}")
+        return value
+
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss {self.loss!r} is unknown; use one of {', '.join(LOSSES)}")
         if self.batch % (self.ranks or 1):
             raise ValueError(f"batch {self.batch} cannot be shared by {self.ranks} ranks; make it a multiple")
         if self.epoch_windows < self.batch:
@@ -249,12 +258,56 @@ def load_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
             at = at.setdefault(folder, {})
             if not isinstance(at, dict):
                 raise ConfigError(
-                    "--vary", key, f"goes through {'.'.join(folders[: k + 1])}, which is no mapping", "name a key"
+                    "recipe", key, f"goes through {'.'.join(folders[: k + 1])}, which is no mapping", "name a key"
                 )
         at[last] = value
     try:
         recipe = Recipe.model_validate(raw | {"root": path.resolve().parent})
-        recipe.network_config()
     except ValidationError as error:
         raise InvalidRecipeError("\n".join(describe_errors(error, Recipe))) from error
+    try:
+        recipe.network_config()
+    except ValidationError as error:
+        raise InvalidRecipeError("\n".join(describe_errors(error, NetworkConfig, "network.change"))) from error
     return recipe
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` as values by dotted key.
+
+    Raises:
+        ConfigError: One is something else, or names a key twice.
+    """
+    out: dict[str, Any] = {}
+    for text in texts:
+        key, value = _assignment("--set", text, out, "seed=2")
+        out[key] = value
+    return out
+
+
+def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`KEY=A,B` or `KEY=[A, B]` as lists of values by dotted key.
+
+    Raises:
+        ConfigError: One is something else, has no value, or names a key twice.
+    """
+    out: dict[str, list[Any]] = {}
+    for text in texts:
+        key, sign, values = text.partition("=")
+        listed = values if not values or values.startswith("[") else f"[{values}]"
+        key, parsed = _assignment("--vary", f"{key}{sign}{listed}", out, "network.preset=unet,segnet")
+        if not parsed:
+            raise ConfigError("--vary", text, "has no values", "write network.preset=unet,segnet")
+        out[key] = parsed
+    return out
+
+
+def _assignment(option: str, text: str, known: Container[str], example: str) -> tuple[str, Any]:
+    """Key and value, the value read as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key or not value or key in known:
+        raise ConfigError(option, text, "is not KEY=VALUE with a key of its own", f"write {example}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(option, text, "is not YAML behind the equals sign", "write key=[a, b]") from error

@@ -144,6 +144,17 @@ cli.main()"""], capture_output=True, text=True, check=False)  # fmt: skip
     assert "--allow-incomplete" in errors[0]
 
 
+@pytest.mark.parametrize(("happens", "code"), [("1 / 0", 1), ("sys.exit()", 0), ("sys.exit(3)", 3), ("None", 0)])
+def test_a_fault_that_nobody_foresaw_is_no_success(happens, code):
+    done = subprocess.run([sys.executable, "-c", f"""
+import sys
+from flows import cli
+cli.app = lambda: {happens}
+cli.main()"""], capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == code
+    assert ("ZeroDivisionError" in done.stderr) == (happens == "1 / 0")
+
+
 def test_a_device_out_of_memory_halves_the_batch(city, monkeypatch):
     ingest(city)
     infer(city)

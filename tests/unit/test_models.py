@@ -281,9 +281,10 @@ def test_weights_that_do_not_fit_are_named_key_by_key(tmp_path):
     torch.save(published("resnet18"), tmp_path / "r18.pth")
     with pytest.raises(DataError, match=r"lacks layer1\.2\.conv1\.weight"):
         load_resnet_weights(network, tmp_path / "r18.pth")
-    (tmp_path / "no.pth").write_bytes(b"not weights")
-    with pytest.raises(DataError, match="is not a file of weights"):
-        load_resnet_weights(network, tmp_path / "no.pth")
+    for content in (b"not weights", b"root:x:0:0:root:/root:/bin/bash\n", b"", b"PK\x03\x04"):
+        (tmp_path / "no.pth").write_bytes(content)
+        with pytest.raises(DataError, match="is not a file of weights"):
+            load_resnet_weights(network, tmp_path / "no.pth")
     with pytest.raises(ConfigError, match="does not exist"):
         load_resnet_weights(network, tmp_path / "none.pth")
     with pytest.raises(ConfigError, match="fits no encoder"):

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from roadfuse_core import training
 from roadfuse_core.cluster import ClusterLostError
+from roadfuse_core.cubes import committer_lock
 from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.inference import infer
@@ -161,6 +162,8 @@ def test_a_run_learns_and_its_checkpoint_makes_a_map(city, recipe, tmp_path):
     assert again == done, "a finished run is not run again"
     with pytest.raises(StoreError, match="another recipe"):
         train(recipe(seed=5), tmp_path / "run")
+    with committer_lock(tmp_path / "run"), pytest.raises(StoreError, match=f"process {os.getpid()} is writing there"):
+        train(made, tmp_path / "run")
 
 
 # --- scores, comparisons, robustness -----------------------------------------------------------------------------------
@@ -206,7 +209,7 @@ def test_what_is_varied_is_read_as_yaml():
     assert parse_vary(["network.preset=unet,segnet", "seed=1,2", "layers=[[{kind: count}], [{kind: binary}]]"]) == {
         "network.preset": ["unet", "segnet"], "seed": [1, 2], "layers": [[{"kind": "count"}], [{"kind": "binary"}]],
     }  # fmt: skip
-    for wrong in ("seed", "=1", "seed=", "seed=[1"):
+    for wrong in ("seed", "=1", "seed=", "seed=[1", "seed=[]"):
         with pytest.raises(ConfigError, match="--vary"):
             parse_vary([wrong])
 

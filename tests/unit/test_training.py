@@ -28,6 +28,7 @@ from roadfuse_core.training import (
     lay_ground,
     lay_split,
     load_recipe,
+    parse_settings,
     points_of,
     prepare,
     split_recipe,
@@ -87,9 +88,11 @@ def test_names_are_exported():
     ("changes", "message"),
     [
         ({"netwrk": 1}, "did you mean network"),
-        ({"network": {"preset": "resnet"}}, "preset 'resnet' is unknown"),
-        ({"network.change": {"decoder": "segnet"}}, "does not fit encoder"),
-        ({"loss": "mse"}, "loss 'mse' is unknown"),
+        ({"network": {"preset": "resnet"}}, "^network.preset: 'resnet' is wrong; `roadfuse models` lists"),
+        ({"network.change": {"decoder": "segnet"}}, "^network.change: decoder 'segnet' does not fit encoder"),
+        ({"network.change": {"heads": "fine"}}, "^network.change.heads: 'fine' is an unknown key; did you mean head"),
+        ({"network.change": {"pyramid_levels": 9}}, "^network.change.pyramid_levels: 9 is wrong"),
+        ({"loss": "mse"}, "^loss: 'mse' is wrong; use one of bce, "),
         ({"batch": 5, "ranks": 2}, "cannot be shared by 2 ranks"),
         ({"epoch_windows": 2}, "less than one batch"),
         ({"augmentation.drop_image": 0.6, "augmentation.drop_gps": 0.6}, "exceed 1"),
@@ -143,6 +146,18 @@ def test_recipes_that_do_not_fit_the_data_are_refused_before_the_first_step(reci
     ingest(City.model_validate(city.model_dump(mode="json", exclude={"root"}) | without | {"root": city.root}))
     refused("^layers: .sin. needs sin_sum, which this cube lacks", without, layers=[{"kind": "sin"}, {"kind": "cos"}])
     refused("shows no road", {"labels": {"roads": {"path": str(tmp_path / "bare.tif")}}})
+    (tmp_path / "no.safetensors").write_bytes(b"not weights")
+    refused("^network.start: .* is not a RoadFuse checkpoint", **{"network.start": str(tmp_path / "no.safetensors")})
+    assert not list(tmp_path.glob("*/run/recipe.json")), "a folder is not taken by what was refused"
+
+
+def test_settings_of_the_command_are_read_as_yaml():
+    assert parse_settings(["name=a,b", "stages=[{epochs: 1}, {epochs: 2}]", "clip=null", "augmentation.scale=[1, 1]"]) == {
+        "name": "a,b", "stages": [{"epochs": 1}, {"epochs": 2}], "clip": None, "augmentation.scale": [1, 1],
+    }  # fmt: skip
+    for wrong in (["seed"], ["=1"], ["seed="], ["seed=[1"], ["seed=1", "seed=2"]):
+        with pytest.raises(ConfigError, match="--set"):
+            parse_settings(wrong)
 
 
 def test_the_command_says_it_in_one_line(city, tmp_path):
