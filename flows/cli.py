@@ -310,6 +310,8 @@ def export(
     from roadfuse_core.mosaic import NODATA, write_cog
 
     city = load_city(city_file)
+    if out.suffix.lower() not in (".tif", ".tiff"):
+        raise ConfigError("--out", str(out), "is no name for a GeoTIFF", "end it in .tif")
     if layer in ("probability", "road") or layer.startswith("gate_"):
         reader = MapReader(city)
         if layer not in reader.arrays:

@@ -85,8 +85,8 @@ def ingest(
         return None
     grid = city.make_grid()
     with committer_lock(city.workspace_path), storing(city.workspace_path):
-        outgoing = _outgoing(city, replace) if replace else []
         plan = plan_ingest(city, patterns, replace)
+        outgoing = _outgoing(city, replace) if replace else []
         if not plan.dump or plan.dump == replace:
             _keep_contributions(city)
             return None
@@ -130,15 +130,12 @@ def _outgoing(city: City, dump: str) -> list[SliceReport]:
     """What a dump once added, from the shards that are kept.
 
     Raises:
-        ConfigError: There is no such dump.
         StoreError: Its shards are gone, or of a form that can no longer be read.
     """
-    entries = ledger(city)
-    if dump not in entries:
-        raise ConfigError("--replace", dump, "is not in the ledger", f"it holds {', '.join(entries) or 'nothing'}")
-    folder = city.workspace_path / "shards" / str(entries[dump].get("shards"))
+    entry = ledger(city)[dump]
+    folder = city.workspace_path / "shards" / str(entry.get("shards"))
     reports = [read_report(p) for p in sorted(folder.glob("shard-*.json"))]
-    if sum(r.rows for r in reports) != entries[dump]["rows"]:
+    if sum(r.rows for r in reports) != entry["rows"]:
         raise StoreError(f"{folder}: the dump's contributions are no longer kept; build the cube anew in another workspace")
     for path in (s for r in reports for s in r.shards[:1]):
         ShardFile(Path(path))

@@ -118,16 +118,19 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
         replace: A dump whose files count as new, because it leaves the cube.
 
     Raises:
-        ConfigError: Sources match nothing or lack a column, or a worker's memory is too small.
+        ConfigError: Sources match nothing or lack a column, a worker's memory is too small, or there is no dump to replace.
         DataError: A file is unreadable, or one that was ingested has changed.
     """
+    every = ledger(city)
+    if replace is not None and replace not in every:
+        raise ConfigError("--replace", replace, "is not in the ledger", f"it holds {', '.join(every) or 'nothing'}")
     files = find_sources(city, patterns)
     if needs_vehicles(points_of(city)) and len({f.is_parquet for f in files}) > 1:
         raise ConfigError("points.sources", patterns or list(points_of(city).sources), "mix Parquet and text",
                           "ingest them apart, so that each vehicle is seen whole")  # fmt: skip
     counted = check_columns(city, files)
-    entries = {name: e for name, e in ledger(city).items() if name != replace}
-    files_held = [f for e in ledger(city).values() for f in e["files"]]
+    entries = {name: e for name, e in every.items() if name != replace}
+    files_held = [f for e in every.values() for f in e["files"]]
     versions = {(f["label"], f["version"]): f["hash"] for f in files_held}
     held = {f["hash"] for e in entries.values() for f in e["files"]}
     by_label = {f["label"] for e in entries.values() for f in e["files"]}

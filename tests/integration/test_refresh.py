@@ -95,6 +95,8 @@ def test_plain_commands_on_one_city(small_city, tmp_path):
     assert roadfuse("export", city_file, "count", "--out", tmp_path / "count.tif").returncode == 0
     with rasterio.open(tmp_path / "count.tif") as source:
         assert source.read(1).sum() == entry["kept"]
+    picture = roadfuse("export", city_file, "count", "--out", tmp_path / "count.png")
+    assert (picture.returncode, list(tmp_path.glob("count.*"))) == (2, [tmp_path / "count.tif"])
     wrong = roadfuse("export", city_file, "heights", "--out", tmp_path / "x.tif")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     tuned = roadfuse("tune", city_file, "--out", tmp_path / "kde.json")

@@ -398,6 +398,8 @@ def test_replacing_wants_a_dump_whose_contributions_are_kept(small_city):
     before = contents(small_city)
     with pytest.raises(ConfigError, match="--replace: 'x' is not in the ledger"):
         ingest(small_city, ["dumps/2026-03-30.parquet"], replace="x")
+    with pytest.raises(ConfigError, match="--replace: 'x' is not in the ledger"):
+        plan_ingest(small_city, ["dumps/2026-03-29.parquet"], "x")  # no new file, and a command that stops here
     for shard in small_city.workspace_path.glob("shards/*/*.samples"):
         pq.write_table(pa.table({"tile": [1]}), shard)
     with pytest.raises(StoreError, match="older form"):
