@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import yaml
 from rich.table import Table
 
 from flows import operation_commands, training_commands
 from flows.console import CityFile, console, prepare_prefect
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
-from roadfuse_core.settings import City, load_city
+from roadfuse_core.settings import City, load_city, parse_assignments
 
 if TYPE_CHECKING:
     from roadfuse_core.cubes import IngestPlan
@@ -142,14 +141,11 @@ def _knobs(seed: int, assignments: list[str]) -> Any:
 
     from roadfuse_core.simulate import CityKnobs
 
-    values: dict[str, Any] = {"seed": seed}
-    for text in assignments:
-        name, sign, value = text.partition("=")
-        if not sign or name not in CityKnobs.model_fields:
-            raise ConfigError("--set", text, "is not KNOB=VALUE with a known knob", "see roadfuse simulate x --knobs")
-        values[name] = yaml.safe_load(value)
+    given = parse_assignments("--set", assignments, "canopy=0.8")
+    if unknown := [name for name in given if name not in CityKnobs.model_fields]:
+        raise ConfigError("--set", unknown[0], "is not a knob", "see roadfuse simulate x --knobs")
     try:
-        return CityKnobs.model_validate(values)
+        return CityKnobs.model_validate({"seed": seed} | given)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError("--set " + ".".join(map(str, first["loc"])), first["input"], "is wrong", first["msg"]) from error

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from flows.console import console
+from roadfuse_core.settings import parse_assignments
 
 __all__ = ["app"]
 
@@ -28,11 +29,11 @@ def train(
 ) -> None:
     """Train a network; run again after a crash, it goes on."""
     from roadfuse_core.models import describe
-    from roadfuse_core.training import load_recipe, parse_settings, split_recipe
+    from roadfuse_core.training import load_recipe, split_recipe
     from roadfuse_core.training import train as train_network
     from tasks.progress import ConsoleProgress
 
-    recipe = load_recipe(recipe_file, parse_settings(settings or []))
+    recipe = load_recipe(recipe_file, parse_assignments("--set", settings or [], "seed=2"))
     splits, size = split_recipe(recipe), describe(recipe.network_config())
     counts = ", ".join(f"{sum(map(len, getattr(splits, k).values()))} {k}" for k in ("train", "validation", "test"))
     steps = sum(s.epochs for s in recipe.stages) * recipe.epoch_steps

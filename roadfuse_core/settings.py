@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ __all__ = [
     "PointsSpec",
     "describe_errors",
     "load_city",
+    "parse_assignments",
     "read_yaml",
 ]
 
@@ -256,6 +258,29 @@ def load_city(path: Path) -> City:
         return City.model_validate(raw | {"root": path.resolve().parent})
     except ValidationError as error:
         raise InvalidCityError("\n".join(describe_errors(error, City))) from error
+
+
+def parse_assignments(option: str, texts: Sequence[str], example: str) -> dict[str, Any]:
+    """`KEY=VALUE` of a command, with values in YAML, by key.
+
+    Args:
+        option: Of the command, for messages.
+        texts: As given.
+        example: A right one.
+
+    Raises:
+        ConfigError: One is something else, or names a key twice.
+    """
+    out: dict[str, Any] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key or not value or key in out:
+            raise ConfigError(option, text, "is not KEY=VALUE with a key of its own", f"write {example}")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(option, text, "is not YAML behind the equals sign", "quote the value") from error
+    return out
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from roadfuse_core.training._compare import (
 )
 from roadfuse_core.training._fit import DivergedError, Splits, Trained, lay_split, split_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
-from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe, parse_settings, parse_vary
+from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe, parse_vary
 from roadfuse_core.training._score import SUITE, Damage, Scored, score_network
 from roadfuse_core.training._suite import run_suite, write_curves
 from roadfuse_core.training._windows import Batch, Draws, EpochOrder, StillWindows, TrainingWindows, Window, collate
@@ -47,7 +47,6 @@ __all__ = [
     "measure_speeds",
     "paired",
     "paired_differences",
-    "parse_settings",
     "parse_vary",
     "plan_runs",
     "points_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from roadfuse_core.cubes import Layer, halo_px
 from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.models import LOSSES, PRESETS, NetworkConfig
-from roadfuse_core.settings import describe_errors, read_yaml
+from roadfuse_core.settings import describe_errors, parse_assignments, read_yaml
 
 __all__ = [
     "Augmentation",
@@ -27,7 +27,6 @@ __all__ = [
     "StageSpec",
     "View",
     "load_recipe",
-    "parse_settings",
     "parse_vary",
 ]
 
@@ -272,42 +271,16 @@ def load_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
     return recipe
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` as values by dotted key.
-
-    Raises:
-        ConfigError: One is something else, or names a key twice.
-    """
-    out: dict[str, Any] = {}
-    for text in texts:
-        key, value = _assignment("--set", text, out, "seed=2")
-        out[key] = value
-    return out
-
-
 def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
     """`KEY=A,B` or `KEY=[A, B]` as lists of values by dotted key.
 
     Raises:
         ConfigError: One is something else, has no value, or names a key twice.
     """
-    out: dict[str, list[Any]] = {}
-    for text in texts:
-        key, sign, values = text.partition("=")
-        listed = values if not values or values.startswith("[") else f"[{values}]"
-        key, parsed = _assignment("--vary", f"{key}{sign}{listed}", out, "network.preset=unet,segnet")
-        if not parsed:
-            raise ConfigError("--vary", text, "has no values", "write network.preset=unet,segnet")
-        out[key] = parsed
+    example = "network.preset=unet,segnet"
+    pairs = [text.partition("=") for text in texts]
+    listed = [f"{k}{sign}{v if not v or v.startswith('[') else f'[{v}]'}" for k, sign, v in pairs]
+    out: dict[str, list[Any]] = parse_assignments("--vary", listed, example)
+    if bare := [key for key, values in out.items() if not values]:
+        raise ConfigError("--vary", bare[0], "has no values", f"write {example}")
     return out
-
-
-def _assignment(option: str, text: str, known: Container[str], example: str) -> tuple[str, Any]:
-    """Key and value, the value read as YAML."""
-    key, sign, value = text.partition("=")
-    if not sign or not key or not value or key in known:
-        raise ConfigError(option, text, "is not KEY=VALUE with a key of its own", f"write {example}")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(option, text, "is not YAML behind the equals sign", "write key=[a, b]") from error

@@ -14,7 +14,8 @@ import rasterio
 import yaml
 
 from roadfuse_core.check import check_city
-from roadfuse_core.settings import InvalidCityError, load_city
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.settings import InvalidCityError, load_city, parse_assignments
 
 
 def edit(path: str, value):
@@ -184,3 +185,12 @@ def test_positions_in_single_precision_are_told_when_they_step_over_pixels(tmp_p
     (tmp_path / "city.yaml").write_text(yaml.safe_dump(spec))
     told = [line for line in check_city(load_city(tmp_path / "city.yaml")) if "32 bits" in line]
     assert bool(told) == warned
+
+
+def test_settings_of_a_command_are_read_as_yaml():
+    assert parse_assignments("--set", ["name=a,b", "stages=[{epochs: 1}, {epochs: 2}]", "clip=null", "text=a=b"], "seed=2") == {
+        "name": "a,b", "stages": [{"epochs": 1}, {"epochs": 2}], "clip": None, "text": "a=b",
+    }  # fmt: skip
+    for wrong in (["seed"], ["=1"], ["seed="], ["seed=[1"], ["seed=1", "seed=2"]):
+        with pytest.raises(ConfigError, match=r"^--set: "):
+            parse_assignments("--set", wrong, "seed=2")

@@ -28,7 +28,6 @@ from roadfuse_core.training import (
     lay_ground,
     lay_split,
     load_recipe,
-    parse_settings,
     points_of,
     prepare,
     split_recipe,
@@ -149,15 +148,6 @@ def test_recipes_that_do_not_fit_the_data_are_refused_before_the_first_step(reci
     (tmp_path / "no.safetensors").write_bytes(b"not weights")
     refused("^network.start: .* is not a RoadFuse checkpoint", **{"network.start": str(tmp_path / "no.safetensors")})
     assert not list(tmp_path.glob("*/run/recipe.json")), "a folder is not taken by what was refused"
-
-
-def test_settings_of_the_command_are_read_as_yaml():
-    assert parse_settings(["name=a,b", "stages=[{epochs: 1}, {epochs: 2}]", "clip=null", "augmentation.scale=[1, 1]"]) == {
-        "name": "a,b", "stages": [{"epochs": 1}, {"epochs": 2}], "clip": None, "augmentation.scale": [1, 1],
-    }  # fmt: skip
-    for wrong in (["seed"], ["=1"], ["seed="], ["seed=[1"], ["seed=1", "seed=2"]):
-        with pytest.raises(ConfigError, match="--set"):
-            parse_settings(wrong)
 
 
 def test_the_command_says_it_in_one_line(city, tmp_path):
