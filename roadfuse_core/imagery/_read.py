@@ -94,6 +94,29 @@ def raster_box(source: DatasetReader, move: Transformer) -> Bounds:
     return Bounds(*move.transform_bounds(b.left, b.bottom, b.right, b.top, densify_pts=21))
 
 
+def bands_of(source: DatasetReader) -> list[int]:
+    """Numbers, from 0, of the bands that are shown: red, green and blue by name, else the first three, or one."""
+    shown = [
+        source.colorinterp.index(c) for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue) if c in source.colorinterp
+    ]
+    return shown if len(shown) == 3 else [0, 1, 2] if source.count >= 3 else [0]
+
+
+def palette_of(source: DatasetReader) -> NDArray[np.uint8] | None:
+    """(3, values) the colour behind each value of a file with a palette; None for others."""
+    if source.colorinterp[0] != ColorInterp.palette:
+        return None
+    out = np.zeros((3, 1 << 8 * np.dtype(source.dtypes[0]).itemsize), np.uint8)
+    for value, colour in source.colormap(1).items():
+        out[:, value] = colour[:3]
+    return out
+
+
+def _resampling(source: DatasetReader) -> Resampling:
+    """Between two numbers of a palette there is no colour."""
+    return Resampling.bilinear if palette_of(source) is None else Resampling.nearest
+
+
 @contextmanager
 def warped(
     source: DatasetReader, crs: str, nodata: float | None, grid: Grid, row: int, col: int, height: int, width: int,
@@ -129,7 +152,7 @@ class ImageryReader:
     def _inspect(self, path: str) -> Bounds:
         """The file's box in the grid's CRS."""
         with open_raster(path, "imagery.sources", self.spec.crs) as (source, crs):
-            if source.dtypes[0] != "uint8" and self.spec.value_range is None:
+            if source.dtypes[0] != "uint8" and self.spec.value_range is None and palette_of(source) is None:
                 raise ConfigError("imagery.value_range", None, f"is needed for {source.dtypes[0]} values in {path}",
                                   "give the values shown as black and white, for example [0, 3000]")  # fmt: skip
             try:
@@ -149,8 +172,8 @@ class ImageryReader:
         """RGB of a pixel rectangle, which may reach past the grid.
 
         Returns:
-            (3, height, width) uint8, zeros where nothing is known; and (height, width) bool, where something is. One band
-            is shown as grey; a fourth and further bands are left out.
+            (3, height, width) uint8, zeros where nothing is known; and (height, width) bool, where something is. Bands are
+            those that a file calls red, green and blue, else the first three; one band is grey, or looked up in its palette.
         """
         rgb = np.zeros((3, height, width), np.uint8)
         valid = np.zeros((height, width), bool)
@@ -200,11 +223,11 @@ class ImageryReader:
     def _square(self, source: DatasetReader, crs: str, row: int, col: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         with (
             warnings.catch_warnings(),
-            warped(source, crs, self.spec.nodata, self.grid, row, col, SQUARE, SQUARE, Resampling.bilinear) as vrt,
+            warped(source, crs, self.spec.nodata, self.grid, row, col, SQUARE, SQUARE, _resampling(source)) as vrt,
         ):
             # A value that the city file states goes before an alpha band.
             warnings.simplefilter("ignore", NodataShadowWarning)
-            return self._colours(np.asarray(rioxarray.open_rasterio(vrt))), vrt.dataset_mask() > 0
+            return self._colours(source, np.asarray(rioxarray.open_rasterio(vrt))[bands_of(source)]), vrt.dataset_mask() > 0
 
     def _corner(self, source: DatasetReader, crs: str) -> tuple[int, int] | None:
         """Row and column of the grid at which a file's pixels begin, where they are the grid's own; else None."""
@@ -226,14 +249,16 @@ class ImageryReader:
         r0, r1, c0, c1 = max(row, 0), min(row + height, source.height), max(col, 0), min(col + width, source.width)
         if r0 < r1 and c0 < c1:
             at = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col))
-            bands = [1, 2, 3] if source.count >= 3 else [1]
-            rgb[:, at[0], at[1]] = self._colours(source.read(bands, window=Window(c0, r0, c1 - c0, r1 - r0)))
+            bands = [number + 1 for number in bands_of(source)]
+            rgb[:, at[0], at[1]] = self._colours(source, source.read(bands, window=Window(c0, r0, c1 - c0, r1 - r0)))
             known[at] = True
         return rgb, known
 
-    def _colours(self, values: NDArray[np.generic]) -> NDArray[np.uint8]:
-        """(bands, H, W) as (3 or 1, H, W) bytes."""
-        values = values[: 3 if len(values) >= 3 else 1]
+    def _colours(self, source: DatasetReader, values: NDArray[np.generic]) -> NDArray[np.uint8]:
+        """Values of the bands shown (3 or 1, H, W) as bytes; those of a palette are looked up in it."""
+        palette = palette_of(source)
+        if palette is not None:
+            return palette[:, values[0]]
         if self.spec.value_range is None and values.dtype == np.uint8:
             return values.astype(np.uint8, copy=False)
         low, high = self.spec.value_range or (0, 255)

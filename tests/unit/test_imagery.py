@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import rasterio
 from pyproj import Transformer
+from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
 from roadfuse_core.errors import ConfigError, DataError
@@ -59,6 +60,39 @@ def test_bands(tmp_path, bands):
     assert rgb.shape == (3, 20, 20)
     assert np.array_equal(rgb[0], rgb[2])
     assert rgb[1, 10, 10] == 250
+
+
+STEPS = pytest.mark.parametrize("step", [1.0, 0.5], ids=["on the grid's pixels", "warped"])
+
+
+@STEPS
+def test_bands_that_are_named_are_shown_in_their_order(tmp_path, step):
+    """As satellites deliver them: blue, green, red, infrared."""
+    values, transform = scene("EPSG:32633", step)
+    path = write(tmp_path / "a.tif", values, transform, "EPSG:32633", 4)
+    with rasterio.open(path, "r+") as dst:
+        dst.colorinterp = [ColorInterp.blue, ColorInterp.green, ColorInterp.red, ColorInterp.undefined]
+        for number, factor in ((1, 0.2), (2, 0.4), (3, 0.8)):
+            dst.write((values * factor).astype("uint8"), number)
+    rgb, valid = ImageryReader(ImagerySpec(sources=("a",)), [path], GRID).window(90, 50, 20, 20)
+    assert valid.all()
+    assert rgb[:, 10, 10].tolist() == [200, 100, 50]
+
+
+@STEPS
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_values_of_a_palette_are_colours(tmp_path, step, dtype):
+    values, transform = scene("EPSG:32633", step)
+    path = str(tmp_path / "a.tif")
+    height, width = values.shape
+    with rasterio.open(path, "w", driver="GTiff", height=height, width=width, count=1, dtype=dtype, crs="EPSG:32633",
+                       transform=transform, photometric="palette") as dst:  # fmt: skip
+        dst.write(np.where(values > 135, 1, 2).astype(dtype), 1)
+        dst.write_colormap(1, {1: (250, 240, 230), 2: (10, 60, 20)})
+    rgb, valid = ImageryReader(ImagerySpec(sources=("a",)), [path], GRID).window(90, 50, 20, 20)
+    assert valid.all()
+    assert rgb[:, 10, 10].tolist() == [250, 240, 230]
+    assert {tuple(c) for c in rgb.reshape(3, -1).T.tolist()} == {(250, 240, 230), (10, 60, 20)}, "and none between them"
 
 
 def test_windows_agree_and_past_the_image_nothing_is_known(tmp_path):
