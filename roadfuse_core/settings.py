@@ -136,7 +136,7 @@ class ImagerySpec(_Spec):
 class MapSpec(_Spec):
     """A map of roads: a raster mask, or lines drawn at a width."""
 
-    path: str = Field(description="raster, GeoPackage, GeoJSON, GeoParquet, or a zip of vertices and edges as text")
+    path: str = Field(description="raster, GeoPackage, GeoJSON, GeoParquet, .osm.pbf, .osm, or a zip of vertices and edges")
     crs: str | None = Field(None, description="CRS, where the file does not say")
     width_m: float = Field(8.0, gt=0, le=100, description="width at which lines are drawn")
     width: str | None = Field(None, description="column with each line's width in metres, instead of `width_m`")

@@ -140,10 +140,11 @@ def lanes_of(ways: gpd.GeoDataFrame, key: str, path: str) -> NDArray[np.float64]
         raise ConfigError(
             f"{key}.lane_m", path, "has no column `highway`", "leave lane_m out, or give an extract of OpenStreetMap"
         )
-    tagged = ways["lanes"] if "lanes" in ways.columns else pd.Series(np.nan, ways.index)
+    lanes = pd.Series(np.nan, ways.index)
+    if "lanes" in ways.columns:
+        lanes = pd.to_numeric(ways["lanes"], errors="coerce")
     if "other_tags" in ways.columns:
-        tagged = tagged.fillna(ways["other_tags"].astype(str).str.extract(r'"lanes"=>"([\d.]+)"')[0])
-    lanes = pd.to_numeric(tagged, errors="coerce")
+        lanes = lanes.fillna(pd.to_numeric(ways["other_tags"].astype(str).str.extract(r'"lanes"=>"([\d.]+)"')[0]))
     by_class = ways["highway"].map(LANES).fillna(1.0)
     return lanes.where(lanes > 0, by_class).to_numpy(float)
 
@@ -152,8 +153,9 @@ def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
     """The lines of a vector file, in its own CRS.
 
     Args:
-        path: GeoPackage, GeoJSON, GeoParquet, shapefile, OSM PBF (its drivable roads), or a zip of two text files
-            as trajectory benchmarks publish them: vertices `id,x,y` and edges `id,from,to,…`.
+        path: GeoPackage, GeoJSON, GeoParquet, shapefile, OpenStreetMap (.osm.pbf or .osm: its drivable roads), any of the
+            text formats packed by gzip, or a zip of two text files as trajectory benchmarks publish them: vertices
+            `id,x,y` and edges `id,from,to,…`.
         spec: For the CRS.
         key: For messages.
 
@@ -179,8 +181,11 @@ def _read_table(path: Path) -> gpd.GeoDataFrame:
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".geoparquet"):
         return gpd.read_parquet(path)
-    if suffix == ".pbf":
-        ways = gpd.read_file(path, layer="lines")
+    file: str | Path = path
+    if suffix == ".gz":
+        file, suffix = f"/vsigzip/{path}", path.with_suffix("").suffix.lower()
+    if suffix in (".pbf", ".osm"):
+        ways = gpd.read_file(file, layer="lines")
         return ways[ways["highway"].isin(DRIVABLE)]
     if suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
@@ -189,7 +194,7 @@ def _read_table(path: Path) -> gpd.GeoDataFrame:
             if all(texts.values()):
                 with archive.open(str(texts["vertices"])) as v, archive.open(str(texts["edges"])) as e:
                     return _graph(pd.read_csv(v, header=None), pd.read_csv(e, header=None))
-    return gpd.read_file(path)
+    return gpd.read_file(file)
 
 
 def _graph(vertices: pd.DataFrame, edges: pd.DataFrame) -> gpd.GeoDataFrame:

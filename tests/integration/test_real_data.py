@@ -4,6 +4,7 @@ import io
 import zipfile
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +13,8 @@ from pyproj import Transformer
 
 from roadfuse_core.check import check_city
 from roadfuse_core.cubes import CubeReader, cubes_path, ingest
-from roadfuse_core.settings import City, load_city
+from roadfuse_core.labels import lanes_of, read_lines
+from roadfuse_core.settings import City, MapSpec, load_city
 
 CITIES = Path(__file__).parents[1] / "real"
 
@@ -126,3 +128,17 @@ def test_positions_that_are_missing_by_word(real_data, tmp_path):
     assert entry["rows"] == 118_364
     assert entry["rows"] == entry["kept"] + sum(entry["rejected"].values())
     assert entry["kept"] >= 118_000
+
+
+def test_extracts_of_openstreetmap_are_read(real_data):
+    """Never more ways than GDAL's lines without those for feet and bicycles."""
+    for name in ("Helsinki.osm.pbf", "berlin-siegessaeule.osm.gz"):
+        path = real_data / "extras" / name
+        ways = read_lines(path, MapSpec(path=name), "existing_map")
+        every = gpd.read_file(f"/vsigzip/{path}" if name.endswith(".gz") else path, layer="lines").highway
+        plain = every.isin(["footway", "path", "cycleway", "steps", "pedestrian", "construction", "platform", "proposed"])
+        assert 0 < len(ways) <= every.notna().sum() - plain.sum()
+        assert ways.crs.to_epsg() == 4326
+        lanes = lanes_of(ways, "existing_map", name)
+        assert lanes.min() >= 0.5
+        assert lanes.max() <= 8

@@ -1,5 +1,6 @@
 """Training runs, scores, comparisons: the same however they are cut, and what NumPy says."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,17 +17,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from scipy import stats
+from shapely.geometry import LineString
 from typer.testing import CliRunner
 
 from flows.cli import app
 from roadfuse_core import training
 from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import committer_lock
-from roadfuse_core.errors import ConfigError, StoreError
+from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.inference import infer
+from roadfuse_core.labels import lanes_of, open_map, read_lines
 from roadfuse_core.models import load_checkpoint
-from roadfuse_core.settings import ClusterSpec
+from roadfuse_core.settings import ClusterSpec, MapSpec
 from roadfuse_core.training import (
     SUITE,
     View,
@@ -273,13 +277,32 @@ def test_the_suite_is_for_networks(city, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+OSM = """<?xml version='1.0'?><osm version="0.6">
+<node id="1" lat="48.0" lon="16.0"/><node id="2" lat="48.0" lon="16.001"/><node id="3" lat="48.001" lon="16.0"/>
+<way id="10"><nd ref="1"/><nd ref="2"/><tag k="highway" v="residential"/><tag k="lanes" v="2"/></way>
+<way id="11"><nd ref="2"/><nd ref="3"/><tag k="highway" v="footway"/></way>
+<way id="12"><nd ref="1"/><nd ref="3"/><tag k="highway" v="primary"/></way>
+</osm>"""
+
+
+def test_openstreetmap_is_read_as_text_and_packed(tmp_path):
+    (tmp_path / "a.osm").write_text(OSM)
+    (tmp_path / "a.osm.gz").write_bytes(gzip.compress(OSM.encode()))
+    for name in ("a.osm", "a.osm.gz"):
+        ways = read_lines(tmp_path / name, MapSpec(path=name), "x")
+        assert ways.highway.tolist() == ["residential", "primary"], "no footway"
+        assert lanes_of(ways, "x", name).tolist() == [2, 1.5]
+    ways.to_file(tmp_path / "b.geojson")
+    (tmp_path / "b.geojson.gz").write_bytes(gzip.compress((tmp_path / "b.geojson").read_bytes()))
+    ways.to_parquet(tmp_path / "b.parquet")
+    for name in ("b.geojson", "b.geojson.gz", "b.parquet"):
+        assert len(read_lines(tmp_path / name, MapSpec(path=name), "x")) == 2
+    (tmp_path / "c.osm.gz").write_bytes(gzip.compress(OSM.encode())[:100])
+    with pytest.raises(DataError, match=r"c\.osm\.gz (is not a readable map|holds no lines)"):
+        read_lines(tmp_path / "c.osm.gz", MapSpec(path="c.osm.gz"), "x")
+
+
 def test_lanes_decide_the_width_of_openstreetmap(city, tmp_path):
-    import geopandas as gpd
-    from shapely.geometry import LineString
-
-    from roadfuse_core.labels import open_map
-    from roadfuse_core.settings import MapSpec
-
     grid = city.make_grid()
     b = grid.bounds
     lines = [LineString([(b.left, b.top - y), (b.right, b.top - y)]) for y in (50, 150, 250, 350)]
