@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,11 +87,12 @@ def _connection(spec: PointsSpec, paths: tuple[str, ...], scratch: Path) -> Iter
             connection.register_filesystem(fsspec.filesystem(scheme))
         try:
             yield connection
-        except duckdb.Error as error:
-            line = str(error).split("\n")[0]
-            raise DataError(
-                f"points.sources: cannot read {paths[0]} and {len(paths) - 1} more ({line}); check the file"
-            ) from error
+        except (duckdb.Error, pa.ArrowException, OSError) as error:  # what DuckDB finds in the midst of a file comes by Arrow
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            named = [p for p in paths if p in str(error)] or paths
+            where = named[0] if len(named) == 1 else f"{named[0]}, or one of {len(named) - 1} others"
+            raise DataError(f"points.sources: cannot read {where} ({str(error).splitlines()[0]}); check the file") from error
 
 
 def read_batches(spec: PointsSpec, part: Part, ordered: bool, scratch: Path) -> Iterator[Rows]:

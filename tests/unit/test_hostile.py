@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from roadfuse_core.cubes import CubeReader, committer_lock, cubes_path, expire, ingest, ledger, open_repository, snapshots
-from roadfuse_core.errors import RoadFuseError, StoreError
+from roadfuse_core.errors import DataError, RoadFuseError, StoreError
 from roadfuse_core.settings import City, load_city
 
 
@@ -114,6 +114,15 @@ def test_hostile_files_leave_the_cube_as_it_was(city, kind):
     assert state(city) == before
     write(city.root / "next.parquet", 3)
     assert ingest(city, ["next.parquet"])["rows"] == 5000
+
+
+def test_of_several_files_the_damaged_one_is_named(city):
+    """It is found in the midst of reading, where Arrow tells what DuckDB found."""
+    row = b"lon,lat,t\n13.001,47.001,2026-03-01T00:00:00\n"
+    for name, more in (("a.csv", b""), ("b.csv", b"\xff\xfe,47.001,\n"), ("c.csv", b"13.003,47.003,2026-03-01T00:00:00\n")):
+        (city.root / name).write_bytes(row + more)
+    with pytest.raises(DataError, match=r"^points\.sources: cannot read [^ ]*b\.csv \("):
+        ingest(city, ["?.csv"])
 
 
 @pytest.mark.slow
