@@ -1,4 +1,4 @@
-"""Road masks from rasters and from lines drawn at their width."""
+"""Road masks from rasters, from lines drawn at their width, and from areas."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from roadfuse_core.settings import City, MapSpec
 
 __all__ = ["RoadMap", "lanes_of", "open_map", "read_lines"]
 
+LINES, AREAS = ("LineString", "MultiLineString"), ("Polygon", "MultiPolygon")
 RASTERS = (".tif", ".tiff", ".vrt", ".png", ".jp2", ".img")
 DRIVABLE = ("motorway", "trunk", "primary", "secondary", "tertiary", "unclassified", "residential", "living_street",
             "service", "motorway_link", "trunk_link", "primary_link", "secondary_link", "tertiary_link", "road",
@@ -66,7 +67,7 @@ class RasterMap:
 
 
 class LineMap:
-    """Lines drawn at their width; the convex hull of all lines is where the map knows."""
+    """Lines drawn at their width, or areas as they are; the convex hull of all is where the map knows."""
 
     def __init__(self, lines: gpd.GeoDataFrame, widths: NDArray[np.float64], grid: Grid) -> None:
         self.grid = grid
@@ -119,6 +120,7 @@ def open_map(city: City, spec: MapSpec, key: str, grid: Grid) -> RoadMap:
             columns = ", ".join(c for c in lines.columns if c != "geometry")
             raise ConfigError(f"{key}.width", spec.width, f"is not a column of {path}", f"it has: {columns}")
         widths = pd.to_numeric(lines[spec.width], errors="coerce").fillna(spec.width_m).to_numpy(float)
+    widths = np.where(lines.geom_type.isin(AREAS), 0, widths)
     return LineMap(lines, widths, grid)
 
 
@@ -150,7 +152,7 @@ def lanes_of(ways: gpd.GeoDataFrame, key: str, path: str) -> NDArray[np.float64]
 
 
 def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
-    """The lines of a vector file, in its own CRS.
+    """The lines of a vector file, or its areas where it has no line, in its own CRS.
 
     Args:
         path: GeoPackage, GeoJSON, GeoParquet, shapefile, OpenStreetMap (.osm.pbf or .osm: its drivable roads), any of the
@@ -161,7 +163,7 @@ def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
 
     Raises:
         ConfigError: Neither file nor setting states a CRS.
-        DataError: The file is unreadable or holds no lines.
+        DataError: The file is unreadable or holds neither.
     """
     try:
         table = _read_table(path)
@@ -171,10 +173,11 @@ def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
         table = table.set_crs(spec.crs, allow_override=True)
     if table.crs is None:
         raise ConfigError(f"{key}.path", spec.path, "has no CRS", f"state it as {key}.crs")
-    table = table[table.geometry.notna() & table.geom_type.isin(["LineString", "MultiLineString"])]
-    if table.empty:
-        raise DataError(f"{key}.path: {path} holds no lines; give a map of road centre lines")
-    return table
+    kinds = table.geom_type
+    wanted = kinds.isin(LINES) if kinds.isin(LINES).any() else kinds.isin(AREAS)
+    if not wanted.any():
+        raise DataError(f"{key}.path: {path} holds neither lines nor areas; give a map of road centre lines or of road areas")
+    return table[wanted]
 
 
 def _read_table(path: Path) -> gpd.GeoDataFrame:

@@ -190,6 +190,27 @@ def test_lines_are_drawn_at_their_width_and_known_inside_their_hull(tmp_path):
         open_map(city, MapSpec(path="none.gpkg"), "labels.roads", GRID)
 
 
+def test_areas_are_drawn_as_they_are_where_there_is_no_line(tmp_path):
+    import geopandas as gpd
+    from shapely.geometry import LineString, Point, box
+
+    b = GRID.bounds
+    city = City(name="c", workspace="w", grid={"bounds": (13, 47, 13.1, 47.1)}, imagery={"sources": ["x"]}, root=tmp_path)
+    areas = [box(b.left + 10, b.top - 60, b.left + 200, b.top - 50), box(b.left + 100, b.top - 200, b.left + 120, b.top - 20)]
+    gpd.GeoDataFrame(geometry=[*areas, Point(b.left, b.top)], crs=GRID.crs).to_file(tmp_path / "areas.gpkg")
+    road, known = open_map(city, MapSpec(path="areas.gpkg"), "x", GRID).window(0, 0, 256, 256)
+    assert road.sum() == 190 * 10 + 20 * 180 - 20 * 10
+    assert known[55, 150]
+    assert not known[250, 5]
+    gpd.GeoDataFrame(geometry=[areas[0], LineString([(b.left, b.top - 100), (b.right, b.top - 100)])],
+                     crs=GRID.crs).to_file(tmp_path / "both.gpkg")  # fmt: skip
+    road, _ = open_map(city, MapSpec(path="both.gpkg", width_m=4), "x", GRID).window(0, 0, 256, 256)
+    assert np.nonzero(road.any(1))[0].tolist() == [98, 99, 100, 101], "where there are lines, areas are something else"
+    gpd.GeoDataFrame(geometry=[Point(b.left, b.top)], crs=GRID.crs).to_file(tmp_path / "points.gpkg")
+    with pytest.raises(DataError, match="holds neither lines nor areas"):
+        open_map(city, MapSpec(path="points.gpkg"), "x", GRID)
+
+
 def test_pixel_is_point_and_an_old_datum(real_data):
     """NAD27 and pixel-is-point: roads of the map must lie darker or lighter than their surroundings only after the shift."""
     path = str(real_data / "chicago/6_UTM2GTIF.TIF")

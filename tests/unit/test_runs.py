@@ -298,7 +298,7 @@ def test_openstreetmap_is_read_as_text_and_packed(tmp_path):
     for name in ("b.geojson", "b.geojson.gz", "b.parquet"):
         assert len(read_lines(tmp_path / name, MapSpec(path=name), "x")) == 2
     (tmp_path / "c.osm.gz").write_bytes(gzip.compress(OSM.encode())[:100])
-    with pytest.raises(DataError, match=r"c\.osm\.gz (is not a readable map|holds no lines)"):
+    with pytest.raises(DataError, match=r"c\.osm\.gz (is not a readable map|holds neither lines nor areas)"):
         read_lines(tmp_path / "c.osm.gz", MapSpec(path="c.osm.gz"), "x")
 
 
