@@ -107,7 +107,7 @@ def _score(
     city: City, city_file: Path, scheduler: str, record: dict[str, Any], held: bool, baseline: bool, watch: Stopwatch
 ) -> tuple[dict[str, CityScores], list[str]]:
     """Score what is new, let the gate decide, and score kernel density beside what is published."""
-    labelled, scored = "roads" in city.labels, {}
+    labelled, scored = bool(city.labels), {}
     if labelled:
         with watch.stage("score"):
             scored["map"] = stages.score(city_file, scheduler, held=held)

@@ -12,7 +12,7 @@ from roadfuse_core.cubes import FIXED_POINT
 from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.imagery import ImageryReader, find_imagery
-from roadfuse_core.inference import choose_weights, load_predictor, resolve_weights
+from roadfuse_core.inference import choose_weights, load_predictor, read_facts, require_target, resolve_weights
 from roadfuse_core.labels import open_map
 from roadfuse_core.points import (
     Part,
@@ -141,6 +141,7 @@ def _check_maps(city: City) -> list[str]:
 def _check_model(city: City) -> list[str]:
     ref = resolve_weights(choose_weights(city), city.root).model_copy(update={"turns": city.model.turns})
     predictor = load_predictor(ref, city.grid.resolution_m)
+    require_target(city, read_facts(ref, city.grid.resolution_m))
     if city.points is not None:
         held = arrays_of(city.points)
         for layer in predictor.layers:

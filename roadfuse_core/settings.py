@@ -17,6 +17,7 @@ from roadfuse_core.grid import Bounds, Grid, make_grid
 
 __all__ = [
     "City",
+    "ClassName",
     "CleanSpec",
     "ClusterSpec",
     "ColumnSpec",
@@ -133,8 +134,11 @@ class ImagerySpec(_Spec):
     value_range: tuple[float, float] | None = Field(None, description="values shown as black and white; 0, 255 for bytes")
 
 
+ClassName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+
+
 class MapSpec(_Spec):
-    """A map of roads: a raster mask, or lines drawn at a width."""
+    """A map of roads, or of another class: a raster mask, or lines drawn at a width."""
 
     path: str = Field(description="raster, GeoPackage, GeoJSON, GeoParquet, .osm.pbf, .osm, or a zip of vertices and edges")
     crs: str | None = Field(None, description="CRS, where the file does not say")
@@ -189,7 +193,8 @@ class City(_Spec):
     grid: GridSpec
     points: PointsSpec | None = Field(None, description="trajectories; optional where there is imagery")
     imagery: ImagerySpec | None = Field(None, description="images; optional where there are trajectories")
-    labels: dict[Literal["roads"], MapSpec] = Field({}, description="the truth, for scores")
+    labels: dict[ClassName, MapSpec] = Field({}, description="the truth, for training and scores: a map of each class")
+    target: ClassName = Field("roads", description="the class that the city's map shows and is scored against")
     existing_map: MapSpec | None = Field(None, description="the map that the new one is compared with")
     model: ModelSpec = Field(ModelSpec(), description="who predicts")
     cluster: ClusterSpec = Field(ClusterSpec(), description="where the work runs")
@@ -203,11 +208,19 @@ class City(_Spec):
             raise ValueError("a city needs points or imagery; add one of them")
         if "://" in self.workspace:
             raise ValueError("workspace must be a local folder")
+        if self.labels and self.target not in self.labels:
+            known = ", ".join(self.labels)
+            raise ValueError(f"labels show {known}, and the target is {self.target}; name it among labels, or set `target`")
         return self
 
     def path(self, text: str) -> Path:
         """A path of the city file, made absolute."""
         return (self.root / Path(text).expanduser()).resolve() if not os.path.isabs(text) else Path(text)
+
+    @property
+    def truth(self) -> tuple[MapSpec, str] | None:
+        """The map of the target class and its dotted key, or None without labels."""
+        return (self.labels[self.target], f"labels.{self.target}") if self.labels else None
 
     @property
     def workspace_path(self) -> Path:

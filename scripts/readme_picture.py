@@ -11,7 +11,7 @@ from roadfuse_core.report import overview_pictures
 from roadfuse_core.settings import load_city
 
 OUT = Path(__file__).parents[1] / "docs/demo.webp"
-TITLES = {"Image": "aerial image", "Vehicles": "vehicle positions", "Road probability": "the map", "Errors": "errors"}
+TITLES = {"Image": "aerial image", "Vehicles": "vehicle positions", "Probability": "the map", "Errors": "errors"}
 EDGE_PX, TITLE_PX = 420, 30
 
 

@@ -24,7 +24,7 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
         key = f"{prefix}{name}"
         inner = _model(field.annotation)
         if inner and name == "labels":
-            key, prefix_of_inner = "labels.roads", "labels.roads."
+            key, prefix_of_inner = "labels.CLASS", "labels.CLASS."
         else:
             prefix_of_inner = f"{key}."
         default = "**required**" if field.is_required() else _default(field.default)

@@ -82,7 +82,12 @@ def page(
         out += ["The new map waits, readers see the one before:", *(f"- **{r}**" for r in reasons), "",
                 "Look at it, then `roadfuse release CITY.yaml` publishes it; or mend the cause and refresh again."]  # fmt: skip
     try:
-        out += ["", f"![road probability]({map_preview(city, held)})", "", "Black is no road, white is road, blue is unknown."]
+        out += [
+            "",
+            f"![probability]({map_preview(city, held)})",
+            "",
+            f"Probability of {city.target}: black 0, white 1; blue is unknown.",
+        ]
     except StoreError:
         out += ["", "There is no map yet."]
     out += ["", *_scores(city, scored), "", *_points(city), "", *_windows(record), "", *_time(city, stages, workers)]

@@ -12,6 +12,8 @@ from roadfuse_core.inference._predictor import (
     choose_weights,
     load_predictor,
     normalise_image,
+    read_facts,
+    require_target,
     resolve_weights,
 )
 from roadfuse_core.inference._run import IncompleteError, infer, published, release, rollback
@@ -36,7 +38,9 @@ __all__ = [
     "plan_refresh",
     "published",
     "read_evidence",
+    "read_facts",
     "release",
+    "require_target",
     "resolve_weights",
     "rollback",
 ]

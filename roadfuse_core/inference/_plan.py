@@ -22,7 +22,14 @@ from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
 from roadfuse_core.inference._evidence import Evidence, images_of, reach_px, read_evidence, read_region, readers_of
 from roadfuse_core.inference._map import MapRecord, standing_record
-from roadfuse_core.inference._predictor import PredictorFacts, PredictorRef, choose_weights, read_facts, resolve_weights
+from roadfuse_core.inference._predictor import (
+    PredictorFacts,
+    PredictorRef,
+    choose_weights,
+    read_facts,
+    require_target,
+    resolve_weights,
+)
 from roadfuse_core.settings import City
 
 __all__ = ["RefreshPlan", "plan_refresh"]
@@ -156,6 +163,7 @@ def _require_fit(city: City, predictor: PredictorFacts, evidence: Evidence) -> N
         raise ConfigError("model.weights", city.model.weights, "needs trajectories, and the city has none", "add points")
     if not predictor.layers and not evidence.images:
         raise ConfigError("model.weights", city.model.weights, "needs imagery, and the city has none", "add imagery")
+    require_target(city, predictor)
     cube, _ = readers_of(evidence)
     if cube:
         cube.require(predictor.layers, "model.weights")

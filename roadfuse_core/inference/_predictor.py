@@ -36,6 +36,7 @@ __all__ = [
     "normalise_image",
     "predictor_of",
     "read_facts",
+    "require_target",
     "resolve_weights",
 ]
 
@@ -52,12 +53,14 @@ class PredictorFacts:
         uses_image: Whether it takes images.
         window_px: Edge of a window.
         planes: What it gives for each pixel: "probability", then gates.
+        target: The class that it finds; None for density, which finds what it was tuned on.
     """
 
     layers: tuple[Layer, ...]
     uses_image: bool
     window_px: int
     planes: tuple[str, ...]
+    target: str | None = None
 
 
 def read_facts(ref: PredictorRef, resolution_m: float) -> PredictorFacts:
@@ -71,7 +74,13 @@ def read_facts(ref: PredictorRef, resolution_m: float) -> PredictorFacts:
         _ = [_partner(layers, layer) for layer in layers]
     gated = info.network.fusion in ("gated", "roadfuse")
     planes = ("probability", *(f"gate_{n}" for n in info.network.modalities if gated))
-    return PredictorFacts(layers, "image" in info.network.modalities, info.window_px, planes)
+    return PredictorFacts(layers, "image" in info.network.modalities, info.window_px, planes, info.target)
+
+
+def require_target(city: City, facts: PredictorFacts) -> None:
+    """Raise ConfigError unless the predictor finds what the city's map is to show."""
+    if facts.target not in (None, city.target):
+        raise ConfigError("target", city.target, f"is not what the model finds: {facts.target}", "set it, or change the model")
 
 
 class Predictor(Protocol):

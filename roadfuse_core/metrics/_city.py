@@ -88,9 +88,11 @@ def _count_tiles(job: _ScoreJob) -> list[dict[str, object]]:
 
 
 def _labels(city: City) -> RoadMap:
-    if "roads" not in city.labels:
-        raise ConfigError("labels.roads", None, "is missing", "name a mask or a map of roads to score against")
-    return open_map(city, city.labels["roads"], "labels.roads", city.make_grid())
+    if city.truth is None:
+        raise ConfigError(
+            f"labels.{city.target}", None, "is missing", f"name a mask or a map of {city.target} to score against"
+        )
+    return open_map(city, *city.truth, city.make_grid())
 
 
 def _subsets(
@@ -153,9 +155,8 @@ def tune_kde(city: City, tell: Progress = quiet) -> KdeModel:
     iou = above[:, 1, 1:] / np.maximum(road + above[:, 0, 1:], 1)
     kernel, edge = np.unravel_index(int(iou.argmax()), iou.shape)
     if not iou[kernel, edge] > 0:
-        raise ConfigError(
-            "labels.roads", city.labels["roads"].path, "has no road near points on the training tiles", "check both"
-        )
+        spec, key = city.truth or (None, "labels")
+        raise ConfigError(key, spec and spec.path, f"has no {city.target} near points on the training tiles", "check both")
     what = f"{len(tiles)} training tiles of {city.name}, g_iou {iou[kernel, edge]:.4f}"
     return KdeModel(sigma_m=SIGMAS_M[kernel], threshold_per_m2=float(np.exp(edges[edge + 1])), tuned_on=what)
 

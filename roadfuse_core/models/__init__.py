@@ -1,7 +1,7 @@
 """Networks in PyTorch; no thresholds and no normalisation here, and no files but checkpoints."""
 
 from roadfuse_core.models._base import Network, Prediction
-from roadfuse_core.models._checkpoint import CheckpointInfo, load_checkpoint, read_checkpoint_info, save_checkpoint
+from roadfuse_core.models._checkpoint import CheckpointInfo, load_checkpoint, read_checkpoint_info, save_checkpoint, target_of
 from roadfuse_core.models._config import PRESETS, NetworkConfig, Preset, preset
 from roadfuse_core.models._describe import Description, describe
 from roadfuse_core.models._folding import fold_norms
@@ -28,4 +28,5 @@ __all__ = [
     "read_checkpoint_info",
     "road_distance",
     "save_checkpoint",
+    "target_of",
 ]

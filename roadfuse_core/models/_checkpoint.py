@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,7 +16,7 @@ from roadfuse_core.models._base import Network
 from roadfuse_core.models._config import NetworkConfig
 from roadfuse_core.models._network import build_network
 
-__all__ = ["CheckpointInfo", "load_checkpoint", "read_checkpoint_info", "save_checkpoint"]
+__all__ = ["CheckpointInfo", "load_checkpoint", "read_checkpoint_info", "save_checkpoint", "target_of"]
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -37,7 +38,18 @@ class CheckpointInfo(BaseModel):
     layers: list[dict[str, object]]
     resolution_m: float
     window_px: int
-    recipe: dict[str, object]
+    recipe: dict[str, Any]
+
+    @property
+    def target(self) -> str:
+        """The class that the network finds."""
+        stages = self.recipe.get("stages") or [{}]
+        return target_of(stages[-1].get("labels", "roads"))
+
+
+def target_of(labels: str) -> str:
+    """The class that the labels of a recipe's last stage show; those of an existing map are roads."""
+    return "roads" if labels == "existing_map" else labels
 
 
 def save_checkpoint(path: Path, network: Network, info: CheckpointInfo, half: bool = True) -> None:

@@ -75,13 +75,18 @@ def overview_pictures(city: City) -> list[Picture]:
         out.append(Picture("Vehicles", "Points per pixel, dark to light on a logarithmic scale.", _encode(heat)))
     out.append(
         _picture(
-            grid, lambda w, step: _grey(read, w, step), "Road probability", "Black 0, white 1; blue where nothing is known."
+            grid,
+            lambda w, step: _grey(read, w, step),
+            "Probability",
+            f"Of {city.target}: black 0, white 1; blue where nothing is known.",
         )
     )
-    if "roads" in city.labels:
-        labels = open_map(city, city.labels["roads"], "labels.roads", grid)
+    if city.truth:
+        labels = open_map(city, *city.truth, grid)
         out.append(
-            _picture(grid, lambda w, step: _truth(*_thin(step, *labels.window(*w))), "Truth", "White is road; blue is unknown.")
+            _picture(
+                grid, lambda w, step: _truth(*_thin(step, *labels.window(*w))), "Truth", f"White: {city.target}; blue: unknown."
+            )
         )
         out.append(_picture(grid, lambda w, step: _errors(*_thin(step, read.window("road", *w), *labels.window(*w))), "Errors",
                             "Green found, red claimed but not there, blue missed."))  # fmt: skip

@@ -133,7 +133,7 @@ def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
     train(job.recipe, out, threads=threads)
     network, _ = load_checkpoint(out / "checkpoint.safetensors")
     minutes = json.loads((out / "done.json").read_text())["seconds"] / 60
-    grounds = lay_split(job.recipe, split_recipe(job.recipe).test, "roads", out.parent / "ground")
+    grounds = lay_split(job.recipe, split_recipe(job.recipe).test, job.recipe.target, out.parent / "ground")
     damages = SUITE if job.suite else SUITE[:2]
     found = {(d.family, d.level): score_network(network, job.recipe.view(), grounds, d) for d in damages}
     plain, attacked = found["none", 0].scores, found["information loss", 1].scores
@@ -190,7 +190,7 @@ def _picture(jobs: list[_Run], order: list[str], out: Path) -> str:
     panels, fullest = [], None
     for name in (n for n in order if n in first):
         job = first[name]
-        grounds = lay_split(job.recipe, split_recipe(job.recipe).test, "roads", out / "runs" / "ground")
+        grounds = lay_split(job.recipe, split_recipe(job.recipe).test, job.recipe.target, out / "runs" / "ground")
         made = window_inputs(job.recipe.view(), grounds, SUITE[0])
         network = load_checkpoint(Path(job.out) / "checkpoint.safetensors")[0]
         with torch.inference_mode():

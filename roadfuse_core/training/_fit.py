@@ -223,9 +223,9 @@ def _lay_all(recipe: Recipe, splits: Splits, folder: Path, tell: Progress) -> _G
         tiles = _fraction(splits.train, stage.label_fraction, recipe.split.seed)
         grounds = lay_split(recipe, tiles, stage.labels, folder, tell)
         if not sum(sum(g.road) for g in grounds):
-            raise ConfigError("stages", stage.labels, "shows no road on the training tiles", "check labels, or take more tiles")
+            raise ConfigError("stages", stage.labels, "shows nothing on the training tiles", "check labels, or take more tiles")
         stages.append(tuple(grounds))
-    return _Grounds(tuple(stages), tuple(lay_split(recipe, splits.validation, "roads", folder, tell)))
+    return _Grounds(tuple(stages), tuple(lay_split(recipe, splits.validation, recipe.target, folder, tell)))
 
 
 @dataclass(frozen=True)

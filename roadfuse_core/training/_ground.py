@@ -20,7 +20,7 @@ from roadfuse_core.grid import Grid, TileIndex
 from roadfuse_core.imagery import ImageryReader
 from roadfuse_core.inference import Evidence, read_evidence
 from roadfuse_core.labels import RoadMap, open_map
-from roadfuse_core.settings import City
+from roadfuse_core.settings import City, MapSpec
 from roadfuse_core.training._recipe import View
 
 __all__ = ["NOT_ROAD", "ROAD", "UNKNOWN", "Cells", "Ground", "arrays_of_layers", "lay_ground"]
@@ -127,7 +127,7 @@ def lay_ground(city: City, tiles: list[TileIndex], labels: str, view: View, out:
     Args:
         city: Ingested, with labels.
         tiles: Which.
-        labels: "roads" or "existing_map".
+        labels: A class of the city's labels, or "existing_map".
         view: Which layers will be rendered, and whether images are needed.
         out: Folder of such files; what lies there of the same data is used again.
         tell: Progress.
@@ -159,9 +159,8 @@ def lay_ground(city: City, tiles: list[TileIndex], labels: str, view: View, out:
 
 
 def _require(city: City, evidence: Evidence, labels: str, view: View) -> None:
-    if (labels == "roads" and "roads" not in city.labels) or (labels == "existing_map" and city.existing_map is None):
-        key = "labels.roads" if labels == "roads" else "existing_map"
-        raise ConfigError("cities", city.name, f"has no {key}", "name a map of roads in its city file")
+    if _map_of(city, labels) is None:
+        raise ConfigError("cities", city.name, f"has no {_key_of(labels)}", "name such a map in its city file")
     if view.layers and evidence.cubes is None:
         raise ConfigError("cities", city.name, "has no points, and the network needs them", "choose another preset")
     if view.image and evidence.imagery is None:
@@ -170,14 +169,22 @@ def _require(city: City, evidence: Evidence, labels: str, view: View) -> None:
         CubeReader(Path(evidence.cubes), evidence.snapshot).require(view.layers, "layers")
 
 
+def _map_of(city: City, labels: str) -> MapSpec | None:
+    return city.existing_map if labels == "existing_map" else city.labels.get(labels)
+
+
+def _key_of(labels: str) -> str:
+    return labels if labels == "existing_map" else f"labels.{labels}"
+
+
 def _open_labels(city: City, labels: str, grid: Grid) -> RoadMap:
-    spec = city.labels["roads"] if labels == "roads" else city.existing_map
+    spec = _map_of(city, labels)
     assert spec is not None
-    return open_map(city, spec, "labels.roads" if labels == "roads" else "existing_map", grid)
+    return open_map(city, spec, _key_of(labels), grid)
 
 
 def _digest(city: City, evidence: Evidence, tiles: list[TileIndex], labels: str, arrays: tuple[str, ...], image: bool) -> str:
-    spec = city.labels.get("roads") if labels == "roads" else city.existing_map
+    spec = _map_of(city, labels)
     assert spec is not None
     files = [city.path(spec.path), *(Path(f.path) for f in (evidence.images if image else ()))]
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

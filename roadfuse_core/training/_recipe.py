@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from roadfuse_core.cubes import Layer, halo_px
 from roadfuse_core.errors import ConfigError, RoadFuseError
-from roadfuse_core.models import LOSSES, PRESETS, NetworkConfig
-from roadfuse_core.settings import describe_errors, parse_assignments, read_yaml
+from roadfuse_core.models import LOSSES, PRESETS, NetworkConfig, target_of
+from roadfuse_core.settings import ClassName, describe_errors, parse_assignments, read_yaml
 
 __all__ = [
     "Augmentation",
@@ -109,7 +109,9 @@ class Augmentation(_Spec):
 class StageSpec(_Spec):
     """One pass of the schedule over the windows."""
 
-    labels: Literal["roads", "existing_map"] = Field("roads", description="which map of the city teaches")
+    labels: ClassName | Literal["existing_map"] = Field(
+        "roads", description="which map of the city teaches: a class of its labels, or existing_map"
+    )
     epochs: int = Field(30, ge=1, description="epochs of the stage")
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training tiles that are used")
 
@@ -197,6 +199,11 @@ class Recipe(_Spec):
         if self.epoch_windows < self.batch:
             raise ValueError(f"epoch_windows {self.epoch_windows} is less than one batch of {self.batch}")
         return self
+
+    @property
+    def target(self) -> str:
+        """The class to find: what the last stage learns from; the existing map shows roads."""
+        return target_of(self.stages[-1].labels)
 
     @property
     def epoch_steps(self) -> int:

@@ -72,7 +72,7 @@ def run_suite(cities: Sequence[City], checkpoints: Sequence[Path], out: Path, te
                 raise ConfigError("grid.resolution_m", city.grid.resolution_m, f"is not the {info.resolution_m} of {path.name}",
                                   "train for this city's pixels")  # fmt: skip
             tiles = sorted(t for t, split in split_tiles(city.make_grid()).items() if split == "test")
-            ground = lay_ground(city, tiles, "roads", view, city.workspace_path / "ground", tell)
+            ground = lay_ground(city, tiles, info.target, view, city.workspace_path / "ground", tell)
             for damage in SUITE:
                 found = score_network(network, view, [ground], damage, tell).scores
                 rows.append({"network": name, "city": city.name, "family": damage.family, "level": damage.level,

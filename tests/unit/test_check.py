@@ -87,6 +87,12 @@ BROKEN = {
     "column of lists": (list_column, ["points.columns.lon", "has type list", "name a column of numbers"]),
     "unknown weights": (edit("model.weights", "best"), ["model.weights", "'best'", "use default, fused, image, gps, kde or a path"]),
     "bad tile": (edit("grid.tile_px", 300), ["grid.tile_px", "300", "use 64, 128"]),
+    "misspelt class": (edit("labels", {"road": "truth/roads.tif"}), ["labels show road, and the target is roads", "set `target`"]),
+    "bad class": (edit("target", "existing_map"), ["target", "'existing_map'", "match pattern"]),
+    "class that the model does not find": (
+        lambda s, f: s.update(target="buildings", labels={"buildings": "truth/roads.tif"}),
+        ["target", "'buildings'", "is not what the model finds: roads", "change the model"],
+    ),
     "missing key": (edit("points.columns", {"lon": "lon"}), ["points.columns.lat", "is missing", "add it"]),
     "no evidence": (lambda s, f: (s.pop("points"), s.pop("imagery")), ["a city needs points or imagery"]),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -26,10 +28,11 @@ from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import committer_lock
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.imagery import ImageryReader, find_imagery
-from roadfuse_core.inference import infer
+from roadfuse_core.inference import MapReader, infer
 from roadfuse_core.labels import lanes_of, open_map, read_lines
+from roadfuse_core.metrics import score_city
 from roadfuse_core.models import load_checkpoint
-from roadfuse_core.settings import ClusterSpec, MapSpec
+from roadfuse_core.settings import ClusterSpec, MapSpec, ModelSpec, load_city
 from roadfuse_core.training import (
     SUITE,
     View,
@@ -314,3 +317,42 @@ def test_lanes_decide_the_width_of_openstreetmap(city, tmp_path):
     table.drop(columns="highway").to_file(tmp_path / "other.gpkg")
     with pytest.raises(ConfigError, match="lane_m"):
         open_map(city, MapSpec(path=str(tmp_path / "other.gpkg"), lane_m=4), "x", grid)
+
+
+# --- classes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_finds_the_class_that_its_last_stage_taught(city, tmp_path):
+    grid = city.make_grid()
+    blocks = np.zeros(grid.shape, np.uint8)
+    blocks[:, ::128], blocks[:, 1::128] = 1, 1
+    with rasterio.open(tmp_path / "blocks.tif", "w", driver="GTiff", height=grid.shape[0], width=grid.shape[1], count=1,
+                       dtype="uint8", crs=grid.crs, transform=grid.affine) as dst:  # fmt: skip
+        dst.write(blocks, 1)
+    raw = yaml.safe_load((city.root / "city.yaml").read_text())
+    raw["labels"]["buildings"] = {"path": str(tmp_path / "blocks.tif")}
+    path = city.root / "classes.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    taught = tmp_path / "recipe.yaml"
+    stages = [{"labels": "existing_map", "epochs": 1}, {"labels": "buildings", "epochs": 1}]
+    taught.write_text(yaml.safe_dump(TINY | {"cities": [str(path)], "stages": stages}))
+    done = train(load_recipe(taught), tmp_path / "run", threads=1)
+    info = load_checkpoint(done.checkpoint)[1]
+    assert (info.target, load_recipe(taught).target) == ("buildings", "buildings")
+    model = ModelSpec(weights=str(done.checkpoint), threshold=0.01)  # so low that the map is not empty
+    there = load_city(path).model_copy(update={"model": model, "workspace": str(tmp_path / "work")})
+    shutil.copytree(city.workspace_path, tmp_path / "work")
+    with pytest.raises(ConfigError, match="is not what the model finds: buildings; set it"):
+        infer(there)
+    infer(there.model_copy(update={"target": "buildings"}))
+    found = MapReader(there).window("road", 0, 0, *grid.shape) == 1
+    assert found.any()
+    for target, truth in (
+        ("buildings", blocks > 0),
+        ("roads", open_map(there, *there.truth, grid).window(0, 0, *grid.shape)[0]),
+    ):
+        scored = score_city(there.model_copy(update={"target": target}))["all"]["g_iou"]
+        assert scored == pytest.approx((found & truth).sum() / (found | truth).sum())
+    with pytest.raises(ConfigError, match="has no labels"):
+        run_suite([city], [done.checkpoint], tmp_path / "suite")
+    run_suite([there], [done.checkpoint], tmp_path / "suite")

@@ -123,6 +123,7 @@ def test_recipes_that_do_not_fit_the_data_are_refused_before_the_first_step(reci
             train(recipe(cities=[str(folder / "city.yaml")], **changes), folder / "run")
 
     refused("has no labels.roads", {"labels": None})
+    refused("has no labels.buildings", stages=[{"labels": "buildings"}])
     refused("has no existing_map", {"existing_map": None}, stages=[{"labels": "existing_map"}])
     refused("has no points", {"points": None})
     refused("has no imagery", {"imagery": None})
@@ -144,7 +145,7 @@ def test_recipes_that_do_not_fit_the_data_are_refused_before_the_first_step(reci
     without = {"points": points, "workspace": str(tmp_path / "without-bearings")}
     ingest(City.model_validate(city.model_dump(mode="json", exclude={"root"}) | without | {"root": city.root}))
     refused("^layers: .sin. needs sin_sum, which this cube lacks", without, layers=[{"kind": "sin"}, {"kind": "cos"}])
-    refused("shows no road", {"labels": {"roads": {"path": str(tmp_path / "bare.tif")}}})
+    refused("shows nothing", {"labels": {"roads": {"path": str(tmp_path / "bare.tif")}}})
     (tmp_path / "no.safetensors").write_bytes(b"not weights")
     refused("^network.start: .* is not a RoadFuse checkpoint", **{"network.start": str(tmp_path / "no.safetensors")})
     assert not list(tmp_path.glob("*/run/recipe.json")), "a folder is not taken by what was refused"
