@@ -29,12 +29,12 @@ def train(
 ) -> None:
     """Train a network; run again after a crash, it goes on."""
     from roadfuse_core.models import describe
-    from roadfuse_core.training import load_recipe, split_recipe
+    from roadfuse_core.training import check_recipe, load_recipe
     from roadfuse_core.training import train as train_network
     from tasks.progress import ConsoleProgress
 
     recipe = load_recipe(recipe_file, parse_assignments("--set", settings or [], "seed=2"))
-    splits, size = split_recipe(recipe), describe(recipe.network_config())
+    splits, size = check_recipe(recipe), describe(recipe.network_config())
     counts = ", ".join(f"{sum(map(len, getattr(splits, k).values()))} {k}" for k in ("train", "validation", "test"))
     steps = sum(s.epochs for s in recipe.stages) * recipe.epoch_steps
     console.print(
@@ -66,7 +66,7 @@ def compare(
     from tasks.progress import ConsoleProgress
 
     folder, values = out or recipe_file.parent / "compare" / recipe_file.stem, parse_vary(vary)
-    for line in plan_runs(recipe_file, values, folder):
+    for line in plan_runs(recipe_file, values, folder, suite):
         console.print(line)
     if dry_run:
         return

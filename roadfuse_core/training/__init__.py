@@ -10,7 +10,7 @@ from roadfuse_core.training._compare import (
     plan_runs,
     tabulate,
 )
-from roadfuse_core.training._fit import DivergedError, Splits, Trained, lay_split, split_recipe, train
+from roadfuse_core.training._fit import DivergedError, Splits, Trained, check_recipe, lay_split, split_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
 from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe, parse_vary
 from roadfuse_core.training._score import SUITE, Damage, Scored, score_network
@@ -39,6 +39,7 @@ __all__ = [
     "View",
     "Window",
     "arrays_of_layers",
+    "check_recipe",
     "collate",
     "compare",
     "lay_ground",

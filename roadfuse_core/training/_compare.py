@@ -20,7 +20,9 @@ from scipy import stats
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.files import write_whole
 from roadfuse_core.models import build_network, describe, load_checkpoint
-from roadfuse_core.training._fit import lay_split, split_recipe, train
+from roadfuse_core.settings import load_city
+from roadfuse_core.training._fit import check_recipe, lay_split, split_recipe, train
+from roadfuse_core.training._ground import require_ground
 from roadfuse_core.training._pictures import panel, to_png, window_inputs
 from roadfuse_core.training._recipe import Recipe, load_recipe
 from roadfuse_core.training._score import SUITE, measure_speed, score_network
@@ -61,6 +63,11 @@ class _Run:
     out: str
     suite: bool
 
+    @property
+    def row_file(self) -> Path:
+        """Where its scores lie once it is done."""
+        return Path(self.out) / ("suite.json" if self.suite else "row.json")
+
 
 def compare(
     path: Path, vary: dict[str, list[Any]], out: Path, client: Client | None = None, tell: Progress = quiet, suite: bool = False
@@ -82,7 +89,7 @@ def compare(
     """
     jobs = _plan(path, vary, out, suite)
     for job in jobs:
-        split_recipe(job.recipe)
+        _check(job)
     rows = run_jobs(client, _train_and_score if client is None else _on_one_thread, jobs, "training runs", tell)
     runs = pd.DataFrame(rows)
     # When nothing else runs any more.
@@ -102,10 +109,20 @@ def measure_speeds(recipes: dict[str, Recipe]) -> dict[str, float]:
     return {k: measure_speed(build_network(r.network_config()).eval(), r.view()) for k, r in recipes.items()}
 
 
-def plan_runs(path: Path, vary: dict[str, list[Any]], out: Path) -> list[str]:
-    """A line for each run of a comparison, and whether it is done."""
-    jobs = _plan(path, vary, out, False)
-    return [f"{j.variant}, seed {j.recipe.seed}{', done' if (Path(j.out) / 'row.json').is_file() else ''}" for j in jobs]
+def plan_runs(path: Path, vary: dict[str, list[Any]], out: Path, suite: bool = False) -> list[str]:
+    """A line for each run of a comparison, and whether it is done; a run that does not fit is refused."""
+    jobs = _plan(path, vary, out, suite)
+    for job in jobs:
+        _check(job)
+    return [f"{j.variant}, seed {j.recipe.seed}{', done' if j.row_file.is_file() else ''}" for j in jobs]
+
+
+def _check(job: _Run) -> None:
+    """Refuse a run that does not fit, unless it is done."""
+    if not job.row_file.is_file():
+        splits = check_recipe(job.recipe)
+        for city in splits.test:
+            require_ground(load_city(Path(city)), job.recipe.target, job.recipe.view())
 
 
 def _plan(path: Path, vary: dict[str, list[Any]], out: Path, suite: bool) -> list[_Run]:
@@ -127,9 +144,8 @@ def _on_one_thread(job: _Run) -> dict[str, Any]:
 def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
     """One run, unless its row is there."""
     out = Path(job.out)
-    row_file = out / ("suite.json" if job.suite else "row.json")
-    if row_file.is_file():
-        return dict(json.loads(row_file.read_text()))
+    if job.row_file.is_file():
+        return dict(json.loads(job.row_file.read_text()))
     train(job.recipe, out, threads=threads)
     network, _ = load_checkpoint(out / "checkpoint.safetensors")
     minutes = json.loads((out / "done.json").read_text())["seconds"] / 60
@@ -146,7 +162,7 @@ def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
     }  # fmt: skip
     if job.suite:
         row["suite"] = [[d.family, d.level, found[d.family, d.level].scores.g_iou] for d in damages]
-    write_whole(row_file, json.dumps(row))
+    write_whole(job.row_file, json.dumps(row))
     return row
 
 

@@ -10,7 +10,8 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,12 @@ from roadfuse_core.models import (
     save_checkpoint,
 )
 from roadfuse_core.settings import City, ClusterSpec, load_city
-from roadfuse_core.training._ground import Ground, lay_ground
+from roadfuse_core.training._ground import Ground, lay_ground, require_ground
 from roadfuse_core.training._module import RoadModule
 from roadfuse_core.training._recipe import Recipe
 from roadfuse_core.training._windows import EpochOrder, StillWindows, TrainingWindows, collate
 
-__all__ = ["Splits", "Trained", "lay_split", "split_recipe", "train"]
+__all__ = ["Splits", "Trained", "check_recipe", "lay_split", "split_recipe", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,23 @@ def split_recipe(recipe: Recipe) -> Splits:
     return Splits(**{name: {c: sorted(t) for c, t in by.items()} for name, by in out.items()})
 
 
+def check_recipe(recipe: Recipe) -> Splits:
+    """Whatever can be known before tiles are read; nothing is written.
+
+    Returns:
+        The tiles of every split.
+
+    Raises:
+        ConfigError: The network cannot be built, a split is empty, or a city lacks what the recipe needs.
+    """
+    _begin(recipe)
+    splits, view = split_recipe(recipe), recipe.view()
+    needs = [(city, stage.labels) for stage in recipe.stages for city in splits.train]
+    for city, labels in dict.fromkeys([*needs, *((c, recipe.target) for c in splits.validation)]):
+        require_ground(load_city(Path(city)), labels, view)
+    return splits
+
+
 def _split_city(city: City, recipe: Recipe) -> dict[TileIndex, str]:
     grid, s = city.make_grid(), recipe.split
     if s.folds is None:
@@ -177,8 +195,7 @@ def train(
 
 def _complete(recipe: Recipe, out: Path, tell: Progress, threads: int | None, cluster: ClusterSpec | None) -> None:
     """All of a run that is not done; from its last whole epoch, if it has begun."""
-    _begin(recipe)  # whatever is wrong with the network is said before data is read
-    splits = split_recipe(recipe)
+    splits = check_recipe(recipe)
     grounds = _lay_all(recipe, splits, out.parent / "ground", tell)
     # From here on the folder is this recipe's; one that was refused does not keep it.
     write_whole(out / "recipe.json", recipe.model_dump_json(indent=1))
@@ -199,16 +216,24 @@ def _begin(recipe: Recipe) -> Network:
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.network_config())
     if recipe.network.resnet:
-        load_resnet_weights(network, recipe.root / recipe.network.resnet)
+        with _told_as("network.resnet"):
+            load_resnet_weights(network, recipe.root / recipe.network.resnet)
     if recipe.network.start:
-        try:
+        with _told_as("network.start"):
             held, info = load_checkpoint(recipe.root / recipe.network.start)
-        except ConfigError as error:
-            raise ConfigError("network.start", error.value, error.problem, error.fix) from error
         if info.network != recipe.network_config():
             raise ConfigError("network.start", recipe.network.start, "holds another network", "name its preset and width")
         network.load_state_dict(held.state_dict())
     return network
+
+
+@contextmanager
+def _told_as(key: str) -> Iterator[None]:
+    """An error of a file under the key of the recipe that named it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(key, error.value, error.problem, error.fix) from error
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,23 @@ def lay_ground(city: City, tiles: list[TileIndex], labels: str, view: View, out:
     return ground
 
 
+def require_ground(city: City, labels: str, view: View) -> None:
+    """Refuse a city that cannot teach, before its tiles are read.
+
+    Args:
+        city: The city.
+        labels: A class of its labels, or "existing_map".
+        view: Which layers will be rendered, and whether images are needed.
+
+    Raises:
+        ConfigError: It lacks the labels, points or images, its cube lacks a quantity, or the labels lie elsewhere.
+    """
+    evidence = read_evidence(city)
+    _require(city, evidence, labels, view)
+    if not _open_labels(city, labels, evidence.grid).covers():
+        raise ConfigError("cities", city.name, f"lies elsewhere than its {_key_of(labels)}", "correct grid.bounds or the map")
+
+
 def _require(city: City, evidence: Evidence, labels: str, view: View) -> None:
     if _map_of(city, labels) is None:
         raise ConfigError("cities", city.name, f"has no {_key_of(labels)}", "name such a map in its city file")

@@ -272,9 +272,12 @@ def load_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
     except ValidationError as error:
         raise InvalidRecipeError("\n".join(describe_errors(error, Recipe))) from error
     try:
-        recipe.network_config()
+        modalities = recipe.network_config().modalities
     except ValidationError as error:
         raise InvalidRecipeError("\n".join(describe_errors(error, NetworkConfig, "network.change"))) from error
+    windows = {"image": 3, "gps": len(recipe.layers)}
+    if odd := {k: n for k, n in modalities.items() if windows.get(k) != n}:
+        raise InvalidRecipeError(f"network.change.modalities: {odd} is not what windows hold; they hold {windows}")
     return recipe
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -260,6 +261,26 @@ def test_a_comparison_makes_a_table_and_goes_on_where_it_stopped(city, tmp_path,
         ],
     )
     assert listed.output.splitlines() == ["d-linknet34, seed 1, done", "d-linknet34, seed 3"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stages=[{labels: buildings}]", "has no labels.buildings; name such a map"),
+        ("network.resnet=no.pth", "network.resnet: .*no.pth' does not exist"),
+        ("network.start=no.safetensors", "network.start: .*no.safetensors' does not exist"),
+        ("network={preset: d-linknet34, change: {modalities: {image: 3, lidar: 1}}}", "lidar"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(city, tmp_path, setting, message):
+    path = tmp_path / "dry.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"cities": [str(city.root / "city.yaml")]}))
+    key, _, value = setting.partition("=")
+    vary = f"{key}=[{value}]"
+    for command in (["train", "--set", setting], ["compare", "--vary", vary]):
+        made = CliRunner().invoke(app, [command[0], str(path), *command[1:], "--dry-run"])
+        assert re.search(message, str(made.exception)), (command, made.output, made.exception)
+    assert [p.name for p in tmp_path.iterdir()] == ["dry.yaml"]
 
 
 def test_the_suite_damages_what_it_says(city, tmp_path):
