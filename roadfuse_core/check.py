@@ -11,7 +11,7 @@ import numpy as np
 from roadfuse_core.cubes import FIXED_POINT
 from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.grid import Grid, fit_projection
-from roadfuse_core.imagery import ImageryReader, find_imagery
+from roadfuse_core.imagery import ImageryReader, RasterKey, find_imagery
 from roadfuse_core.inference import choose_weights, load_predictor, read_facts, require_target, resolve_weights
 from roadfuse_core.labels import open_map
 from roadfuse_core.points import (
@@ -28,7 +28,7 @@ from roadfuse_core.points import (
     shift_datum,
     single_precision_step,
 )
-from roadfuse_core.settings import City, InvalidCityError, MapSpec
+from roadfuse_core.settings import City, ImagerySpec, InvalidCityError, MapSpec
 
 __all__ = ["check_city"]
 
@@ -109,17 +109,17 @@ def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
 
 
 def _check_imagery(city: City) -> list[str]:
-    if city.imagery is None:
-        return ["imagery: none; the map comes from trajectories alone"]
-    paths = find_imagery(city)
-    if not ImageryReader(city.imagery, paths, city.make_grid()).covers():
-        raise ConfigError(
-            "imagery.sources",
-            list(city.imagery.sources),
-            "lies outside grid.bounds",
-            "correct grid.bounds or the files",
-        )
-    return [f"imagery: {len(paths)} files"]
+    found = [] if city.imagery else ["imagery: none; the map comes from trajectories alone"]
+    rasters: list[tuple[RasterKey, ImagerySpec | None]] = [("imagery", city.imagery), ("lidar", city.lidar)]
+    for key, spec in rasters:
+        if spec:
+            paths = find_imagery(city, key)
+            if not ImageryReader(spec, paths, city.make_grid(), key).covers():
+                raise ConfigError(
+                    f"{key}.sources", list(spec.sources), "lies outside grid.bounds", "correct grid.bounds or the files"
+                )
+            found.append(f"{key}: {len(paths)} files")
+    return found
 
 
 def _maps(city: City) -> Iterator[tuple[str, MapSpec]]:
@@ -153,10 +153,10 @@ def _check_model(city: City) -> list[str]:
                     f"needs {', '.join(lacking)}",
                     "name the columns in points.columns",
                 )
-    elif not predictor.uses_image:
+    elif "image" not in predictor.rasters:
         raise ConfigError("model.weights", city.model.weights, "needs trajectories", "add points or use other weights")
     if not predictor.layers and city.imagery is None:
         raise ConfigError("model.weights", city.model.weights, "needs imagery", "add imagery or use other weights")
-    return [
-        f"model: {ref.path.name}, {len(FIXED_POINT.keys() & {a for la in predictor.layers for a in la.arrays})} cube arrays"
-    ]
+    found = [f"lidar: {ref.path.name} does not take it"] if city.lidar and "lidar" not in predictor.rasters else []
+    arrays = FIXED_POINT.keys() & {a for layer in predictor.layers for a in layer.arrays}
+    return [*found, f"model: {ref.path.name}, {len(arrays)} cube arrays"]

@@ -126,7 +126,7 @@ class PointsSpec(_Spec):
 
 
 class ImagerySpec(_Spec):
-    """Aerial or satellite images in any CRS and resolution."""
+    """Aerial or satellite images, or another raster, in any CRS and resolution."""
 
     sources: tuple[str, ...] = Field(min_length=1, description="files or globs that GDAL reads")
     crs: str | None = Field(None, description="CRS, where the files do not say (a PNG with a world file)")
@@ -193,6 +193,7 @@ class City(_Spec):
     grid: GridSpec
     points: PointsSpec | None = Field(None, description="trajectories; optional where there is imagery")
     imagery: ImagerySpec | None = Field(None, description="images; optional where there are trajectories")
+    lidar: ImagerySpec | None = Field(None, description="heights or intensities beside them: the first band of rasters")
     labels: dict[ClassName, MapSpec] = Field({}, description="the truth, for training and scores: a map of each class")
     target: ClassName = Field("roads", description="the class that the city's map shows and is scored against")
     existing_map: MapSpec | None = Field(None, description="the map that the new one is compared with")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import rasterio
@@ -27,22 +27,29 @@ from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Bounds, Grid
 from roadfuse_core.settings import City, ImagerySpec
 
-__all__ = ["ImageFile", "ImageryReader", "find_imagery", "identify", "open_raster", "warped"]
+__all__ = ["ImageFile", "ImageryReader", "RasterKey", "find_imagery", "identify", "open_raster", "warped"]
+
+RasterKey = Literal["imagery", "lidar"]
 
 SQUARE = 512
 
 
-def find_imagery(city: City) -> list[str]:
+def find_imagery(city: City, key: RasterKey = "imagery") -> list[str]:
     """Absolute paths of the city's images, sorted; empty if it has none.
+
+    Args:
+        city: The city.
+        key: Which setting names them.
 
     Raises:
         ConfigError: A source matches nothing.
     """
     out: set[str] = set()
-    for text in city.imagery.sources if city.imagery else []:
+    spec: ImagerySpec | None = getattr(city, key)
+    for text in spec.sources if spec else []:
         paths = [p for p in glob.glob(str(city.path(text)), recursive=True) if Path(p).is_file()]
         if not paths:
-            raise ConfigError("imagery.sources", text, "matches no file", "correct the path or the pattern")
+            raise ConfigError(f"{key}.sources", text, "matches no file", "correct the path or the pattern")
         out.update(paths)
     return sorted(out)
 
@@ -139,29 +146,30 @@ class ImageryReader:
         spec: The imagery settings.
         paths: Absolute paths.
         grid: The city's grid.
+        key: Which setting they come from.
 
     Raises:
         ConfigError: A file has no CRS, needs a value range, or lies elsewhere.
         DataError: A file is unreadable.
     """
 
-    def __init__(self, spec: ImagerySpec, paths: list[str], grid: Grid) -> None:
-        self.spec, self.grid = spec, grid
+    def __init__(self, spec: ImagerySpec, paths: list[str], grid: Grid, key: RasterKey = "imagery") -> None:
+        self.spec, self.grid, self.key = spec, grid, key
         self.files = [(path, self._inspect(path)) for path in paths]
 
     def _inspect(self, path: str) -> Bounds:
         """The file's box in the grid's CRS."""
-        with open_raster(path, "imagery.sources", self.spec.crs) as (source, crs):
+        with open_raster(path, f"{self.key}.sources", self.spec.crs) as (source, crs):
             if source.dtypes[0] != "uint8" and self.spec.value_range is None and palette_of(source) is None:
-                raise ConfigError("imagery.value_range", None, f"is needed for {source.dtypes[0]} values in {path}",
+                raise ConfigError(f"{self.key}.value_range", None, f"is needed for {source.dtypes[0]} values in {path}",
                                   "give the values shown as black and white, for example [0, 3000]")  # fmt: skip
             try:
                 move = Transformer.from_crs(CRS.from_user_input(crs), self.grid.crs, always_xy=True)
             except CRSError as error:
-                raise ConfigError("imagery.crs", crs, "is not a CRS", "give a code such as EPSG:32633") from error
+                raise ConfigError(f"{self.key}.crs", crs, "is not a CRS", "give a code such as EPSG:32633") from error
             box = raster_box(source, move)
         if not all(np.isfinite(box)):
-            raise ConfigError("imagery.sources", path, "cannot be placed in the city's CRS", "check its georeference")
+            raise ConfigError(f"{self.key}.sources", path, "cannot be placed in the city's CRS", "check its georeference")
         return box
 
     def covers(self) -> bool:
@@ -197,7 +205,7 @@ class ImageryReader:
         return [box for _, box in self.files]
 
     def _read(self, path: str, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        with open_raster(path, "imagery.sources", self.spec.crs) as (source, crs):
+        with open_raster(path, f"{self.key}.sources", self.spec.crs) as (source, crs):
             corner = self._corner(source, crs)
             if corner is not None:
                 return self._read_aligned(source, row - corner[0], col - corner[1], height, width)

@@ -2,7 +2,7 @@
 
 from roadfuse_core.inference._blocks import Failure
 from roadfuse_core.inference._calibrate import Calibration, calibrate
-from roadfuse_core.inference._evidence import Evidence, read_evidence
+from roadfuse_core.inference._evidence import Evidence, read_evidence, readers_of
 from roadfuse_core.inference._map import MapReader, MapRecord, maps_path
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._predictor import (
@@ -39,6 +39,7 @@ __all__ = [
     "published",
     "read_evidence",
     "read_facts",
+    "readers_of",
     "release",
     "require_target",
     "resolve_weights",

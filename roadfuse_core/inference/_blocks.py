@@ -170,7 +170,7 @@ def read_ahead(job: BlockJob) -> _Read | None:
 
 
 def _read(job: BlockJob, predictor: Predictor, at: Block) -> _Read:
-    region = read_region(job.evidence, predictor.layers, predictor.uses_image, at, reach_px(job.lattice.window_px))
+    region = read_region(job.evidence, predictor.layers, predictor.rasters, at, reach_px(job.lattice.window_px))
     return _Read(predictor.prepare(region.inputs), region.evident, region.known)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,10 @@ from scipy import ndimage
 from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, open_repository, render
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import Block, Bounds, Grid
-from roadfuse_core.imagery import ImageFile, ImageryReader, find_imagery, identify
+from roadfuse_core.imagery import ImageFile, ImageryReader, RasterKey, find_imagery, identify
 from roadfuse_core.settings import City, ImagerySpec
 
-__all__ = ["Evidence", "Region", "images_of", "reach_px", "read_evidence", "read_region", "readers_of"]
+__all__ = ["Evidence", "Region", "files_of", "reach_px", "read_evidence", "read_region", "readers_of"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Evidence:
         snapshot: Which snapshot of it.
         imagery: Imagery settings; None without images.
         images: Its files as they are now, so that readers of a file that was rewritten are not used again.
+        lidar: Settings of the lidar; None without.
+        heights: Its files.
     """
 
     grid: Grid
@@ -36,6 +39,16 @@ class Evidence:
     snapshot: str | None
     imagery: ImagerySpec | None
     images: tuple[ImageFile, ...]
+    lidar: ImagerySpec | None = None
+    heights: tuple[ImageFile, ...] = ()
+
+
+class Readers(NamedTuple):
+    """What is open of a city."""
+
+    cube: CubeReader | None
+    imagery: ImageryReader | None
+    lidar: ImageryReader | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Region:
     """A rectangle of evidence.
 
     Attributes:
-        inputs: "image" (H, W, 4) uint8, red, green, blue and 255 where known; "gps" (H, W, layers) float32.
+        inputs: "image" (H, W, 4) uint8, red, green, blue and 255 where known; "lidar" (H, W, 2) uint8, the same of one band;
+            "gps" (H, W, layers) float32.
         evident: (H, W) bool, where there is a point or a valid image pixel.
         known: (H, W) bool, where a map may say something: valid image, or a point within reach.
     """
@@ -57,24 +71,24 @@ def read_evidence(city: City) -> Evidence:
     """What the city's refresh would read now.
 
     Raises:
-        ConfigError: Imagery is missing or lies elsewhere.
+        ConfigError: Imagery or lidar is missing or lies elsewhere.
         StoreError: The city has points but no cube yet.
     """
     snapshot = str(open_repository(cubes_path(city)).lookup_branch("main")) if city.points else None
     cubes = str(cubes_path(city)) if city.points else None
-    evidence = Evidence(city.make_grid(), cubes, snapshot, city.imagery, identify(find_imagery(city)))
-    _, images = readers_of(evidence)
-    if images and not images.covers():
-        assert city.imagery
-        raise ConfigError("imagery.sources", city.imagery.sources, "lies outside the city's bounds",
-                          "correct grid.bounds or the files")  # fmt: skip
+    evidence = Evidence(city.make_grid(), cubes, snapshot, city.imagery, identify(find_imagery(city)),
+                        city.lidar, identify(find_imagery(city, "lidar")))  # fmt: skip
+    for reader in readers_of(evidence)[1:]:
+        if reader and not reader.covers():
+            raise ConfigError(f"{reader.key}.sources", reader.spec.sources, "lies outside the city's bounds",
+                              "correct grid.bounds or the files")  # fmt: skip
     return evidence
 
 
-def images_of(evidence: Evidence) -> list[tuple[ImageFile, Bounds]]:
-    """Every image: what it is, and where it reaches."""
-    _, images = readers_of(evidence)
-    return list(zip(evidence.images, images.boxes(), strict=True)) if images else []
+def files_of(evidence: Evidence, key: RasterKey) -> list[tuple[ImageFile, Bounds]]:
+    """Every image, or every raster of the lidar: what it is, and where it reaches."""
+    files, reader = (evidence.images if key == "imagery" else evidence.heights), getattr(readers_of(evidence), key)
+    return list(zip(files, reader.boxes(), strict=True)) if reader else []
 
 
 def reach_px(window_px: int) -> int:
@@ -83,34 +97,37 @@ def reach_px(window_px: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def readers_of(evidence: Evidence) -> tuple[CubeReader | None, ImageryReader | None]:
+def readers_of(evidence: Evidence) -> Readers:
     """A worker's own readers."""
     cube = CubeReader(Path(evidence.cubes), evidence.snapshot) if evidence.cubes else None
-    images = ImageryReader(evidence.imagery, [f.path for f in evidence.images], evidence.grid) if evidence.imagery else None
-    return cube, images
+    grid, images, heights = evidence.grid, [f.path for f in evidence.images], [f.path for f in evidence.heights]
+    imagery = ImageryReader(evidence.imagery, images, grid) if evidence.imagery else None
+    lidar = ImageryReader(evidence.lidar, heights, grid, "lidar") if evidence.lidar else None
+    return Readers(cube, imagery, lidar)
 
 
-def read_region(evidence: Evidence, layers: tuple[Layer, ...], uses_image: bool, at: Block, reach_px: int = 0) -> Region:
+def read_region(
+    evidence: Evidence, layers: tuple[Layer, ...], rasters: tuple[str, ...], at: Block, reach_px: int = 0
+) -> Region:
     """Every input over a rectangle, which may reach past the grid.
 
     Args:
         evidence: What to read.
         layers: GPS layers.
-        uses_image: Whether images are read.
+        rasters: Which are read, of "image" and "lidar".
         at: The rectangle.
         reach_px: How far from a point, along rows and columns, a map may still say something.
     """
-    cube, images = readers_of(evidence)
+    cube, images, lidar = readers_of(evidence)
     height, width = at.row1 - at.row0, at.col1 - at.col0
     inputs: dict[str, NDArray[np.generic]] = {}
     evident, known = np.zeros((height, width), bool), np.zeros((height, width), bool)
-    if images and uses_image:
+    if lidar and "lidar" in rasters:
+        grey, seen = lidar.window(at.row0, at.col0, height, width)
+        inputs["lidar"] = _with_mask(grey[:1], seen)
+    if images and "image" in rasters:
         rgb, valid = images.window(at.row0, at.col0, height, width)
-        rgba = np.empty((height, width, 4), np.uint8)
-        for band in range(3):
-            rgba[..., band] = rgb[band]
-        rgba[..., 3] = valid * np.uint8(255)
-        inputs["image"] = rgba
+        inputs["image"] = _with_mask(rgb, valid)
         evident |= valid
         known |= valid
     if cube:
@@ -124,3 +141,12 @@ def read_region(evidence: Evidence, layers: tuple[Layer, ...], uses_image: bool,
         if layers:
             inputs["gps"] = np.stack(list(render(sums, layers, halo)), 2)
     return Region(inputs, evident, known)
+
+
+def _with_mask(bands: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """(C, H, W) → (H, W, C + 1): the bands side by side, and 255 where they are known."""
+    out = np.empty((*valid.shape, len(bands) + 1), np.uint8)
+    for k, band in enumerate(bands):
+        out[..., k] = band
+    out[..., -1] = valid * np.uint8(255)
+    return out

@@ -20,7 +20,7 @@ from roadfuse_core.imagery import ImageFile
 from roadfuse_core.inference._blocks import BlockJob, region_of
 from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
-from roadfuse_core.inference._evidence import Evidence, images_of, reach_px, read_evidence, read_region, readers_of
+from roadfuse_core.inference._evidence import Evidence, files_of, reach_px, read_evidence, read_region, readers_of
 from roadfuse_core.inference._map import MapRecord, standing_record
 from roadfuse_core.inference._predictor import (
     PredictorFacts,
@@ -30,7 +30,7 @@ from roadfuse_core.inference._predictor import (
     require_target,
     resolve_weights,
 )
-from roadfuse_core.settings import City
+from roadfuse_core.settings import City, ImagerySpec
 
 __all__ = ["RefreshPlan", "plan_refresh"]
 
@@ -133,13 +133,14 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
     predictor = read_facts(ref, grid.resolution_m)
     _require_fit(city, predictor, evidence)
     lattice = Lattice(predictor.window_px, predictor.window_px // 2)
-    images = images_of(evidence) if predictor.uses_image else []
+    images = files_of(evidence, "imagery") if "image" in predictor.rasters else []
+    heights = files_of(evidence, "lidar") if "lidar" in predictor.rasters else []
     possible = _possible(evidence, lattice, images)
     calibration = calibrate(ref, city.model, grid.resolution_m, _sample(evidence, predictor, lattice, possible),
                             city.workspace_path / "calibration")  # fmt: skip
     model = ref.model_copy(update={"precision": calibration.precision})
     threshold = int(np.ceil(city.model.threshold * 254))
-    identity = _identity(evidence, model, calibration, lattice, threshold, images)
+    identity = _identity(evidence, model, calibration, lattice, threshold, images, heights)
     standing, base, kept, why = None, None, None, "there is no map yet"
     if found := standing_record(city, group):
         base, standing = found
@@ -159,12 +160,12 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
 
 
 def _require_fit(city: City, predictor: PredictorFacts, evidence: Evidence) -> None:
-    if not predictor.uses_image and evidence.cubes is None:
+    if "image" not in predictor.rasters and evidence.cubes is None:
         raise ConfigError("model.weights", city.model.weights, "needs trajectories, and the city has none", "add points")
     if not predictor.layers and not evidence.images:
         raise ConfigError("model.weights", city.model.weights, "needs imagery, and the city has none", "add imagery")
     require_target(city, predictor)
-    cube, _ = readers_of(evidence)
+    cube = readers_of(evidence).cube
     if cube:
         cube.require(predictor.layers, "model.weights")
 
@@ -173,7 +174,7 @@ def _possible(evidence: Evidence, lattice: Lattice, images: list[tuple[ImageFile
     """Windows that touch an image's box or a tile with points."""
     grid = evidence.grid
     boxes = [_pixels(grid, box) for _, box in images]
-    cube, _ = readers_of(evidence)
+    cube = readers_of(evidence).cube
     if cube:
         boxes += [_tile(grid, t) for t in cube.occupied()]
     return windows_meeting(grid, lattice, boxes)
@@ -194,17 +195,24 @@ def _pixels(grid: Grid, box: Bounds) -> Block:
 
 def _identity(
     evidence: Evidence, model: PredictorRef, calibration: Calibration, lattice: Lattice, threshold: int,
-    images: list[tuple[ImageFile, Bounds]],
+    images: list[tuple[ImageFile, Bounds]], heights: list[tuple[ImageFile, Bounds]],
 ) -> Facts:  # fmt: skip
     """What decides a map: the parts that cannot change without predicting everything, and those that can."""
-    settings = evidence.imagery.model_dump(mode="json") if evidence.imagery and images else None
     fixed = {
-        "grid": asdict(evidence.grid), "imagery": {k: v for k, v in (settings or {}).items() if k != "sources"},
+        "grid": asdict(evidence.grid), "imagery": _settings(evidence.imagery if images else None),
         "model": model.digest, "turns": model.turns, "precision": calibration.precision, "batch": calibration.batch,
         "device": calibration.device, "window_px": lattice.window_px, "stride_px": lattice.stride_px, "threshold": threshold,
         "points": evidence.cubes is not None, "software": calibration.software,
     }  # fmt: skip
-    return {"fixed": fixed, "snapshot": evidence.snapshot, "images": [[*file, list(box)] for file, box in images]}
+    identity = {"fixed": fixed, "snapshot": evidence.snapshot, "images": [[*file, list(box)] for file, box in images]}
+    if heights:
+        fixed["lidar"] = _settings(evidence.lidar)
+        identity["lidar"] = [[*file, list(box)] for file, box in heights]
+    return identity
+
+
+def _settings(spec: ImagerySpec | None) -> Facts:
+    return spec.model_dump(mode="json", exclude={"sources"}) if spec else {}
 
 
 def _hash(parts: Sequence[Any]) -> str:
@@ -220,10 +228,11 @@ def _changes(
         names = [k for k in identity["fixed"] if before and before["fixed"].get(k) != identity["fixed"][k]]
         return None, f"changed: {', '.join(names) or 'the format of the record'}"
     boxes = [Block(row, col, row + lattice.window_px, col + lattice.window_px) for row, col, _ in standing["failed"]]
-    old, new = ({json.dumps(i) for i in facts["images"]} for facts in (before, identity))
-    boxes += [_pixels(evidence.grid, Bounds(*json.loads(i)[3])) for i in old ^ new]
-    if [i for i in before["images"] if i in identity["images"]] != [i for i in identity["images"] if i in before["images"]]:
-        return None, "changed: the order of the images"
+    for kind in ("images", "lidar"):
+        old, new = before.get(kind, []), identity.get(kind, [])
+        boxes += [_pixels(evidence.grid, Bounds(*i[3])) for i in [*old, *new] if (i in old) != (i in new)]
+        if [i for i in old if i in new] != [i for i in new if i in old]:
+            return None, f"changed: the order of the {kind}"
     if before["snapshot"] != identity["snapshot"]:
         try:
             halo = max(halo_px(predictor.layers), reach_px(lattice.window_px))
@@ -251,7 +260,7 @@ def _sample(
     for i, j in chosen:
         row, col = int(i) * lattice.stride_px - lattice.overhang_px, int(j) * lattice.stride_px - lattice.overhang_px
         try:
-            read.append(read_region(evidence, predictor.layers, predictor.uses_image, Block(row, col, row + size, col + size)))
+            read.append(read_region(evidence, predictor.layers, predictor.rasters, Block(row, col, row + size, col + size)))
         except (OSError, RuntimeError, ValueError):  # a damaged file is the refresh's to tell
             continue
     if not read:
@@ -273,7 +282,12 @@ def _memory(
     # Sums (8 bytes an array) and a layer while it is smoothed, layers, image twice, mask, accumulator, finished values.
     arrays = len({name for layer in predictor.layers for name in layer.arrays} | {"count"})
     pixel = (
-        8 * arrays + 12 + 4 * len(predictor.layers) + (11 if predictor.uses_image else 0) + 2 + 6 * (len(predictor.planes) + 1)
+        8 * arrays
+        + 12
+        + 4 * len(predictor.layers)
+        + sum({"image": 11, "lidar": 7}[n] for n in predictor.rasters)
+        + 2
+        + 6 * (len(predictor.planes) + 1)
     )
     need = PROCESS_BYTES + 2 * side * side * pixel + calibration.network_bytes
     limit = worker_memory(city) if not count_gpus() else 64 * GIB

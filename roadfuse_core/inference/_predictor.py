@@ -50,14 +50,14 @@ class PredictorFacts:
 
     Attributes:
         layers: GPS layers in channel order; none without GPS.
-        uses_image: Whether it takes images.
+        rasters: Which it takes, of "image" and "lidar".
         window_px: Edge of a window.
         planes: What it gives for each pixel: "probability", then gates.
         target: The class that it finds; None for density, which finds what it was tuned on.
     """
 
     layers: tuple[Layer, ...]
-    uses_image: bool
+    rasters: tuple[str, ...]
     window_px: int
     planes: tuple[str, ...]
     target: str | None = None
@@ -67,14 +67,15 @@ def read_facts(ref: PredictorRef, resolution_m: float) -> PredictorFacts:
     """What the predictor behind a file takes and gives."""
     if ref.path.suffix != ".safetensors":
         kde = KdePredictor(_read_kde(ref.path), resolution_m)
-        return PredictorFacts(kde.layers, kde.uses_image, kde.window_px, kde.planes)
+        return PredictorFacts(kde.layers, kde.rasters, kde.window_px, kde.planes)
     info = read_checkpoint_info(ref.path)
     layers = tuple(Layer.model_validate(layer) for layer in info.layers)
     if ref.turns:
         _ = [_partner(layers, layer) for layer in layers]
     gated = info.network.fusion in ("gated", "roadfuse")
     planes = ("probability", *(f"gate_{n}" for n in info.network.modalities if gated))
-    return PredictorFacts(layers, "image" in info.network.modalities, info.window_px, planes, info.target)
+    rasters = tuple(n for n in info.network.modalities if n in ("image", "lidar"))
+    return PredictorFacts(layers, rasters, info.window_px, planes, info.target)
 
 
 def require_target(city: City, facts: PredictorFacts) -> None:
@@ -88,7 +89,7 @@ class Predictor(Protocol):
 
     name: str
     layers: tuple[Layer, ...]
-    uses_image: bool
+    rasters: tuple[str, ...]
     window_px: int
     planes: tuple[str, ...]
 
@@ -96,7 +97,8 @@ class Predictor(Protocol):
         """What is cut into windows, made once of a whole rectangle.
 
         Args:
-            inputs: "image" (H, W, 4) uint8, red, green, blue and 255 where known; "gps" (H, W, layers) float32.
+            inputs: "image" (H, W, 4) uint8, red, green, blue and 255 where known; "lidar" (H, W, 2) uint8, the same of one
+                band; "gps" (H, W, layers) float32.
 
         Returns:
             (H, W, channels) each, on the CPU.
@@ -106,8 +108,8 @@ class Predictor(Protocol):
         """Probabilities in [0, 1].
 
         Args:
-            inputs: Windows (N, H, W, channels) of what `prepare` returned. A city without imagery or without points leaves
-                one out, and the network knows it as missing.
+            inputs: Windows (N, H, W, channels) of what `prepare` returned. A city without imagery, lidar or points
+                leaves it out, and the network knows it as missing.
 
         Returns:
             (N, planes, H, W) float32: road first, then what else `planes` names (gates).
@@ -156,7 +158,7 @@ class KdeModel(BaseModel):
 class KdePredictor:
     """p = d / (d + threshold): one half exactly at the threshold, and pointwise, so that it knows no seams."""
 
-    uses_image = False
+    rasters: tuple[str, ...] = ()
     window_px = 256
     planes: tuple[str, ...] = ("probability",)
 
@@ -197,12 +199,7 @@ class NetworkPredictor:
         network, _ = load_checkpoint(ref.path)
         facts = read_facts(ref, resolution_m)
         self.name, self.precision, self.turns = ref.path.stem, ref.precision, ref.turns
-        self.layers, self.uses_image, self.window_px, self.planes = (
-            facts.layers,
-            facts.uses_image,
-            facts.window_px,
-            facts.planes,
-        )
+        self.layers, self.rasters, self.window_px, self.planes = facts.layers, facts.rasters, facts.window_px, facts.planes
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         for part in fold_norms(network).modules():
             if ref.precision == "bf16" and isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -214,17 +211,14 @@ class NetworkPredictor:
         held = {name: torch.from_numpy(x) for name, x in inputs.items()}
         if self.device.type == "cpu":
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            if "image" in held:
-                held["image"] = self._normalised(held["image"]).to(dtype)
-            if "gps" in held:
-                held["gps"] = held["gps"].to(dtype)
+            held = {n: (x if n == "gps" else self._normalised(x)).to(dtype) for n, x in held.items()}
         return held
 
     @staticmethod
-    def _normalised(rgba: Tensor) -> Tensor:
-        """(…, 4) bytes to (…, 3) about -2 … 2; zero where unknown."""
-        values = rgba[..., :3].float().mul_(4 / 255).sub_(2)
-        return values if bool(rgba[..., 3].all()) else values.mul_(rgba[..., 3:] > 0)
+    def _normalised(x: Tensor) -> Tensor:
+        """(…, C + 1) bytes, the last a mask, to (…, C) about -2 … 2; zero where unknown."""
+        values = x[..., :-1].float().mul_(4 / 255).sub_(2)
+        return values if bool(x[..., -1].all()) else values.mul_(x[..., -1:] > 0)
 
     @torch.inference_mode()
     def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
@@ -243,9 +237,10 @@ class NetworkPredictor:
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         tensors = {}
-        if "image" in inputs and self.uses_image:
-            image = inputs["image"].to(self.device, non_blocking=True)
-            tensors["image"] = (self._normalised(image) if image.dtype == torch.uint8 else image).permute(0, 3, 1, 2)
+        for name in self.rasters:
+            if name in inputs:
+                x = inputs[name].to(self.device, non_blocking=True)
+                tensors[name] = (self._normalised(x) if x.dtype == torch.uint8 else x).permute(0, 3, 1, 2)
         if "gps" in inputs and self.layers:
             tensors["gps"] = inputs["gps"].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if not self.turns:

@@ -337,7 +337,8 @@ class LidarFirst(Network):
 class Forests(Network):
     """RFNorm (Parajuli et al. 2018): a road score of every modality by random forests, the scores into one network.
 
-    The forests are fitted before (`network.forests[name].fit`); they travel with the weights.
+    The forests are fitted before the network learns (`network.forests[name].fit`, as training does); they travel with the
+    weights.
     """
 
     def __init__(self, config: NetworkConfig) -> None:

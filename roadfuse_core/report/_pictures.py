@@ -64,11 +64,15 @@ def overview_pictures(city: City) -> list[Picture]:
         out.append(
             _picture(
                 grid,
-                lambda w, step: images.window(*w)[0][:, ::step, ::step].astype(np.float32),
+                lambda w, step: _shown(images, w, step),
                 "Image",
                 "What the camera saw; black where there is none.",
             )
         )
+    if city.lidar:
+        heights = ImageryReader(city.lidar, find_imagery(city, "lidar"), grid, "lidar")
+        caption = "Low values black, high ones white; black where there are none."
+        out.append(_picture(grid, lambda w, step: _shown(heights, w, step), "Lidar", caption))
     if city.points:
         cube = CubeReader(cubes_path(city))
         heat = _heat(_reduce(grid, lambda w, _: cube.window("count", *w)[None].astype(np.float32), np.max, samples=None))
@@ -143,6 +147,10 @@ def _colours(shape: tuple[int, ...], *pairs: tuple[NDArray[np.bool_], tuple[int,
     for mask, colour in pairs:
         out[:, mask] = np.array(colour, np.float32)[:, None]
     return out
+
+
+def _shown(images: ImageryReader, where: Where, step: int) -> Floats:
+    return images.window(*where)[0][:, ::step, ::step].astype(np.float32)
 
 
 def _grey(read: MapReader, where: Where, step: int) -> Floats:

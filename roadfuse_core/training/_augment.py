@@ -78,8 +78,13 @@ def prepare(batch: Batch, view: View) -> Prepared:
     d, px = batch.draws, view.window_px
     labels, known = _labels(batch, px)
     inputs, present = {}, {}
-    if view.image:
-        inputs["image"], present["image"] = _camera(batch, px), d.has_image
+    if view.image or view.lidar:
+        matrix = _to_output(d, batch.image.shape[-1], px)
+        moved = warp_affine(batch.image.float(), matrix, (px, px), mode="bilinear", padding_mode="zeros") / 255
+        if view.image:
+            inputs["image"], present["image"] = _camera(batch, moved[:, :4], px), d.has_image
+        if view.lidar:
+            inputs["lidar"], present["lidar"] = _normalised(moved[:, 4:5], moved[:, 5:]), torch.ones_like(d.has_image)
     if view.layers:
         inputs["gps"], present["gps"] = _receivers(batch, view.layers, px), d.has_gps
     return Prepared(inputs, present, labels, known)
@@ -99,18 +104,20 @@ def _labels(batch: Batch, px: int) -> tuple[Tensor, Tensor]:
     return (moved == ROAD).float(), (moved != UNKNOWN).float()
 
 
-def _camera(batch: Batch, px: int) -> Tensor:
-    """Other places on the image, other tone, colour, sharpness, noise and weather; normalised, zeros where unknown."""
-    d, matrix = batch.draws, _to_output(batch.draws, batch.image.shape[-1], px)
-    moved = warp_affine(batch.image.float(), matrix, (px, px), mode="bilinear", padding_mode="zeros") / 255
-    x, seen = moved[:, :3], (moved[:, 3:] > 0.999).float()
+def _camera(batch: Batch, moved: Tensor, px: int) -> Tensor:
+    """Other tone, colour, sharpness, noise and weather of an image in its place; normalised, zeros where unknown."""
+    d, x, seen = batch.draws, moved[:, :3], (moved[:, 3:] > 0.999).float()
     if bool((d.gamma != 1).any()):
         x = adjust_gamma(x.clamp(0, 1), d.gamma)
     x = _blur(_toned(x, seen, d), d.blur_px)
     if bool((d.noise > 0).any()):
         x = x + _wide(d.noise) * _grain(batch.key, px)
-    x = (x.clamp(0, 1) - 0.5) / 0.25 * seen
-    return x * (1 - _square(d.blank, px))
+    return _normalised(x.clamp(0, 1), moved[:, 3:]) * (1 - _square(d.blank, px))
+
+
+def _normalised(x: Tensor, known: Tensor) -> Tensor:
+    """0 … 1 to -2 … 2, zeros where not all of a pixel is known."""
+    return (x - 0.5) / 0.25 * (known > 0.999).float()
 
 
 def _toned(x: Tensor, seen: Tensor, d: Draws) -> Tensor:

@@ -41,6 +41,7 @@ from roadfuse_core.models import (
     save_checkpoint,
 )
 from roadfuse_core.settings import City, ClusterSpec, load_city
+from roadfuse_core.training._forests import fit_forests
 from roadfuse_core.training._ground import Ground, lay_ground, require_ground
 from roadfuse_core.training._module import RoadModule
 from roadfuse_core.training._recipe import Recipe
@@ -356,6 +357,7 @@ def run_stages(
     """
     torch.set_num_threads(threads or torch.get_num_threads())
     network, epochs, score = _begin(recipe), 0, 0.0
+    fit_forests(network, recipe, grounds.stages[0])
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for number, stage in enumerate(grounds.stages):
         score, ran = _run_stage(RoadModule(network, recipe, number), grounds, stage, out, rank, tell or quiet)

@@ -17,8 +17,7 @@ from roadfuse_core.cluster import Progress, quiet
 from roadfuse_core.cubes import CubeReader, Layer
 from roadfuse_core.errors import ConfigError
 from roadfuse_core.grid import Grid, TileIndex
-from roadfuse_core.imagery import ImageryReader
-from roadfuse_core.inference import Evidence, read_evidence
+from roadfuse_core.inference import Evidence, read_evidence, readers_of
 from roadfuse_core.labels import RoadMap, open_map
 from roadfuse_core.settings import City, MapSpec
 from roadfuse_core.training._recipe import View
@@ -56,6 +55,7 @@ class Ground:
         arrays: Cube arrays of the cells, the count first; empty without points.
         road: Road pixels of each chosen tile.
         known: Pixels with a known label of each chosen tile.
+        lidar: Whether the image has lidar behind it.
     """
 
     folder: Path
@@ -65,10 +65,11 @@ class Ground:
     arrays: tuple[str, ...]
     road: tuple[int, ...]
     known: tuple[int, ...]
+    lidar: bool = False
 
     @cached_property
     def _image(self) -> NDArray[np.uint8]:
-        return np.memmap(self.folder / "image.u8", np.uint8, "r", shape=(4, *self.shape))
+        return np.memmap(self.folder / "image.u8", np.uint8, "r", shape=(6 if self.lidar else 4, *self.shape))
 
     @cached_property
     def _label(self) -> NDArray[np.uint8]:
@@ -89,10 +90,11 @@ class Ground:
         """A square that may reach past the grid.
 
         Returns:
-            (4, px, px) uint8 red, green, blue and 255 where they are known; (px, px) uint8 label, `UNKNOWN`,
+            (4, px, px) uint8 red, green, blue and 255 where they are known, or (6, px, px) with lidar and 255 where that
+            is known; (px, px) uint8 label, `UNKNOWN`,
             `NOT_ROAD` or `ROAD`; cells with row and column counted from the square's corner.
         """
-        image, label = np.zeros((4, px, px), np.uint8), np.zeros((px, px), np.uint8)
+        image, label = np.zeros((6 if self.lidar else 4, px, px), np.uint8), np.zeros((px, px), np.uint8)
         r0, r1, c0, c1 = max(row, 0), min(row + px, self.shape[0]), max(col, 0), min(col + px, self.shape[1])
         if r0 < r1 and c0 < c1:
             at = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col))
@@ -137,20 +139,21 @@ def lay_ground(city: City, tiles: list[TileIndex], labels: str, view: View, out:
     """
     evidence = read_evidence(city)
     _require(city, evidence, labels, view)
-    arrays, image = arrays_of_layers(view.layers), view.image
-    folder = out / f"{city.name}-{_digest(city, evidence, tiles, labels, arrays, image)}"
+    arrays = arrays_of_layers(view.layers)
+    folder = out / f"{city.name}-{_digest(city, evidence, tiles, labels, arrays, view)}"
     grid = evidence.grid
     if not (folder / "ground.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         road_map = _open_labels(city, labels, grid)
-        _write_tiles(part, evidence, road_map, tiles, arrays, image, tell)
+        _write_tiles(part, evidence, road_map, tiles, arrays, view, tell)
         try:
             part.rename(folder)
         except OSError:  # another run was faster; its files are the same
             shutil.rmtree(part)
     facts = json.loads((folder / "ground.json").read_text())
-    ground = Ground(folder, grid.shape, grid.tile_px, tuple(tiles), arrays, tuple(facts["road"]), tuple(facts["known"]))
+    counts = (tuple(facts["road"]), tuple(facts["known"]))
+    ground = Ground(folder, grid.shape, grid.tile_px, tuple(tiles), arrays, *counts, view.lidar)
     if not sum(ground.known):
         raise ConfigError("cities", city.name, f"has no known label on {len(tiles)} of its tiles", f"check labels: {labels}")
     if not facts["evident"]:
@@ -182,6 +185,8 @@ def _require(city: City, evidence: Evidence, labels: str, view: View) -> None:
         raise ConfigError("cities", city.name, "has no points, and the network needs them", "choose another preset")
     if view.image and evidence.imagery is None:
         raise ConfigError("cities", city.name, "has no imagery, and the network needs it", "choose another preset")
+    if view.lidar and evidence.lidar is None:
+        raise ConfigError("cities", city.name, "has no lidar, and the network needs it", "choose another preset")
     if view.layers and evidence.cubes:
         CubeReader(Path(evidence.cubes), evidence.snapshot).require(view.layers, "layers")
 
@@ -200,12 +205,14 @@ def _open_labels(city: City, labels: str, grid: Grid) -> RoadMap:
     return open_map(city, spec, _key_of(labels), grid)
 
 
-def _digest(city: City, evidence: Evidence, tiles: list[TileIndex], labels: str, arrays: tuple[str, ...], image: bool) -> str:
+def _digest(city: City, evidence: Evidence, tiles: list[TileIndex], labels: str, arrays: tuple[str, ...], view: View) -> str:
     spec = _map_of(city, labels)
     assert spec is not None
-    files = [city.path(spec.path), *(Path(f.path) for f in (evidence.images if image else ()))]
+    rasters = (*(evidence.images if view.image else ()), *(evidence.heights if view.lidar else ()))
+    files = [city.path(spec.path), *(Path(f.path) for f in rasters)]
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    text = repr([evidence.grid, evidence.snapshot, spec, evidence.imagery, stamps, tiles, arrays])
+    lidar = evidence.lidar if view.lidar else None
+    text = repr([evidence.grid, evidence.snapshot, spec, evidence.imagery, lidar, stamps, tiles, arrays])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -215,14 +222,15 @@ def _write_tiles(
     road_map: RoadMap,
     tiles: list[TileIndex],
     arrays: tuple[str, ...],
-    image: bool,
+    view: View,
     tell: Progress,
 ) -> None:
     grid, px = evidence.grid, evidence.grid.tile_px
-    pictures = np.memmap(part / "image.u8", np.uint8, "w+", shape=(4, *grid.shape))
+    pictures = np.memmap(part / "image.u8", np.uint8, "w+", shape=(6 if view.lidar else 4, *grid.shape))
     labels = np.memmap(part / "label.u8", np.uint8, "w+", shape=grid.shape)
-    cube = CubeReader(Path(evidence.cubes), evidence.snapshot) if evidence.cubes and arrays else None
-    images = ImageryReader(evidence.imagery, [f.path for f in evidence.images], grid) if evidence.imagery and image else None
+    readers = readers_of(evidence)
+    cube = readers.cube if arrays else None
+    images, lidar = readers.imagery if view.image else None, readers.lidar if view.lidar else None
     place, sums, road, known = [np.empty((0, 2), np.int32)], [np.empty((0, len(arrays)), np.int64)], [], []
     evident = False
     for done, tile in enumerate(tiles, start=1):
@@ -230,8 +238,11 @@ def _write_tiles(
         at = (slice(row, row + px), slice(col, col + px))
         if images:
             rgb, seen = images.window(row, col, px, px)
-            pictures[:3, at[0], at[1]], pictures[3][at] = np.rint(rgb), np.where(seen, 255, 0)
+            pictures[:3, at[0], at[1]], pictures[3][at] = rgb, np.where(seen, 255, 0)
             evident |= bool(seen.any())
+        if lidar:
+            grey, seen = lidar.window(row, col, px, px)
+            pictures[4][at], pictures[5][at] = grey[0], np.where(seen, 255, 0)
         is_road, is_known = road_map.window(row, col, px, px)
         labels[at] = np.where(is_known, np.where(is_road, ROAD, NOT_ROAD), UNKNOWN)
         road.append(int((is_road & is_known).sum()))

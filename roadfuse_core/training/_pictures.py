@@ -49,6 +49,9 @@ def to_png(panels: list[tuple[str, Picture]], made: Prepared) -> str:
     if "image" in made.inputs:
         rgb = (made.inputs["image"][0] * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0)
         shown.append(("image", (rgb * 255).byte().numpy()))
+    if "lidar" in made.inputs:
+        grey = (made.inputs["lidar"][0, 0] * 0.25 + 0.5).clamp(0, 1)
+        shown.append(("lidar", (grey * 255).byte()[..., None].expand(-1, -1, 3).numpy()))
     if "gps" in made.inputs:
         layer = made.inputs["gps"][0, 0]
         grey = (layer / layer.max().clamp(min=1e-6)).sqrt()

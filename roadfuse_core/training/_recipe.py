@@ -139,6 +139,7 @@ class View:
         window_px: Edge of a window.
         batch: Windows at once.
         bf16: Whether it computes in half precision.
+        lidar: Whether it takes lidar.
     """
 
     layers: tuple[Layer, ...]
@@ -146,6 +147,7 @@ class View:
     window_px: int
     batch: int
     bf16: bool
+    lidar: bool = False
 
     @property
     def halo_px(self) -> int:
@@ -218,7 +220,7 @@ class Recipe(_Spec):
         """How the network sees windows."""
         modalities = self.network_config().modalities
         layers = self.layers if "gps" in modalities else ()
-        return View(layers, "image" in modalities, self.window_px, self.batch, self.precision == "bf16")
+        return View(layers, "image" in modalities, self.window_px, self.batch, self.precision == "bf16", "lidar" in modalities)
 
     def digest(self) -> str:
         """Identity of all that decides the weights."""
@@ -275,7 +277,7 @@ def load_recipe(path: Path, changes: dict[str, Any] | None = None) -> Recipe:
         modalities = recipe.network_config().modalities
     except ValidationError as error:
         raise InvalidRecipeError("\n".join(describe_errors(error, NetworkConfig, "network.change"))) from error
-    windows = {"image": 3, "gps": len(recipe.layers)}
+    windows = {"image": 3, "gps": len(recipe.layers), "lidar": 1}
     if odd := {k: n for k, n in modalities.items() if windows.get(k) != n}:
         raise InvalidRecipeError(f"network.change.modalities: {odd} is not what windows hold; they hold {windows}")
     return recipe

@@ -66,7 +66,8 @@ def run_suite(cities: Sequence[City], checkpoints: Sequence[Path], out: Path, te
     for name, path in names.items():
         network, info = load_checkpoint(path)
         layers = tuple(Layer.model_validate(x) for x in info.layers)
-        view = View(layers, "image" in info.network.modalities, info.window_px, 8, bf16=False)
+        modalities = info.network.modalities
+        view = View(layers, "image" in modalities, info.window_px, 8, bf16=False, lidar="lidar" in modalities)
         for city in cities:
             if city.grid.resolution_m != info.resolution_m:
                 raise ConfigError("grid.resolution_m", city.grid.resolution_m, f"is not the {info.resolution_m} of {path.name}",

@@ -66,7 +66,7 @@ class Window:
     """A window as read, and what will be done to it.
 
     Attributes:
-        image: (4, S, S) uint8.
+        image: (4 or 6, S, S) uint8, as `Ground.window` gives it.
         label: (S, S) uint8.
         cells: Pixels with points, counted from the square's corner.
         change: Values of `Draws` for this window.
@@ -87,7 +87,7 @@ class Batch:
     """Windows side by side, ready for the device.
 
     Attributes:
-        image: (N, 4, S, S) uint8: red, green, blue, and 255 where known.
+        image: (N, 4 or 6, S, S) uint8: red, green, blue, 255 where known, and with lidar its band and 255 where that is known.
         label: (N, S, S) uint8.
         sample: (m,) int64 window of each cell.
         place: (m, 2) int64 row and column of each cell, from the corner of the source square.

@@ -141,7 +141,7 @@ def test_a_killed_run_takes_the_blocks_that_are_whole(ingested, monkeypatch):
 class Constant:
     """Says one number everywhere."""
 
-    name, layers, uses_image, window_px, planes = "constant", (), True, 64, ("probability",)
+    name, layers, rasters, window_px, planes, target = "constant", (), ("image",), 64, ("probability",), None
 
     def __init__(self, value):
         self.value = value

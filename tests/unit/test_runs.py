@@ -269,7 +269,7 @@ def test_a_comparison_makes_a_table_and_goes_on_where_it_stopped(city, tmp_path,
         ("stages=[{labels: buildings}]", "has no labels.buildings; name such a map"),
         ("network.resnet=no.pth", "network.resnet: .*no.pth' does not exist"),
         ("network.start=no.safetensors", "network.start: .*no.safetensors' does not exist"),
-        ("network={preset: d-linknet34, change: {modalities: {image: 3, lidar: 1}}}", "lidar"),
+        ("network={preset: d-linknet34, change: {modalities: {image: 3, lidar: 1}}}", "has no lidar, and the network needs it"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(city, tmp_path, setting, message):

@@ -91,7 +91,7 @@ def test_names_are_exported():
         ({"network.change": {"decoder": "segnet"}}, "^network.change: decoder 'segnet' does not fit encoder"),
         ({"network.change": {"heads": "fine"}}, "^network.change.heads: 'fine' is an unknown key; did you mean head"),
         ({"network.change": {"pyramid_levels": 9}}, "^network.change.pyramid_levels: 9 is wrong"),
-        ({"network.change": {"modalities": {"image": 3, "lidar": 1}}}, "modalities: {'lidar': 1} is not what windows hold"),
+        ({"network.change": {"modalities": {"image": 3, "lidar": 2}}}, "modalities: {'lidar': 2} is not what windows hold"),
         ({"network.change": {"modalities": {"image": 4, "gps": 2}}}, "modalities: {'image': 4} is not what windows hold"),
         ({"loss": "mse"}, "^loss: 'mse' is wrong; use one of bce, "),
         ({"batch": 5, "ranks": 2}, "cannot be shared by 2 ranks"),

@@ -39,7 +39,7 @@ def test_the_demo_city_and_the_test_cities_were_never_trained_on(monkeypatch):
 def test_shipped_names_load():
     for name in (*NETWORKS, "kde"):
         predictor = load_predictor(resolve_weights(name, Path()), 1.0)
-        assert (bool(predictor.layers), predictor.uses_image) == (name != "image", name in ("fused", "image"))
+        assert (bool(predictor.layers), "image" in predictor.rasters) == (name != "image", name in ("fused", "image"))
 
 
 def test_the_default_follows_what_a_city_has(small_city):
