@@ -225,7 +225,8 @@ def _changes(
     """Windows that see anything new since the standing map; None, and why, where that cannot be told."""
     before = standing.get("identity")
     if before is None or before["fixed"] != identity["fixed"]:
-        names = [k for k in identity["fixed"] if before and before["fixed"].get(k) != identity["fixed"][k]]
+        old, new = (before or {"fixed": {}})["fixed"], identity["fixed"]
+        names = sorted(k for k in old.keys() | new.keys() if before and old.get(k) != new.get(k))
         return None, f"changed: {', '.join(names) or 'the format of the record'}"
     boxes = [Block(row, col, row + lattice.window_px, col + lattice.window_px) for row, col, _ in standing["failed"]]
     for kind in ("images", "lidar"):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from roadfuse_core.check import check_city
-from roadfuse_core.inference import MapReader, infer, load_predictor, resolve_weights
+from roadfuse_core.inference import MapReader, infer, load_predictor, plan_refresh, resolve_weights
 from roadfuse_core.labels import open_map
 from roadfuse_core.models import load_checkpoint
 from roadfuse_core.report._pictures import overview_pictures
@@ -129,6 +129,7 @@ def test_a_change_of_lidar_is_mapped_anew_and_equals_a_full_refresh(flown, tmp_p
     assert not np.array_equal(before, after)
     infer(there, group="full", full=True)
     assert np.array_equal(after, MapReader(there, "full").window("probability", 0, 0, *there.make_grid().shape))
+    assert plan_refresh(there.model_copy(update={"lidar": None})).why == "changed: lidar"
     assert "Lidar" in [p.title for p in overview_pictures(there)]
 
 
