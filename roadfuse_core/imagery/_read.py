@@ -119,6 +119,13 @@ def palette_of(source: DatasetReader) -> NDArray[np.uint8] | None:
     return out
 
 
+def _finite(values: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """(H, W): where all bands hold numbers; a file of floats may miss pixels without saying so."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return np.ones(values.shape[1:], bool)
+    return np.asarray(np.isfinite(values).all(0))
+
+
 def _resampling(source: DatasetReader) -> Resampling:
     """Between two numbers of a palette there is no colour."""
     return Resampling.bilinear if palette_of(source) is None else Resampling.nearest
@@ -235,7 +242,8 @@ class ImageryReader:
         ):
             # A value that the city file states goes before an alpha band.
             warnings.simplefilter("ignore", NodataShadowWarning)
-            return self._colours(source, np.asarray(rioxarray.open_rasterio(vrt))[bands_of(source)]), vrt.dataset_mask() > 0
+            values = np.asarray(rioxarray.open_rasterio(vrt))[bands_of(source)]
+            return self._colours(source, values), (vrt.dataset_mask() > 0) & _finite(values)
 
     def _corner(self, source: DatasetReader, crs: str) -> tuple[int, int] | None:
         """Row and column of the grid at which a file's pixels begin, where they are the grid's own; else None."""
@@ -258,8 +266,8 @@ class ImageryReader:
         if r0 < r1 and c0 < c1:
             at = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col))
             bands = [number + 1 for number in bands_of(source)]
-            rgb[:, at[0], at[1]] = self._colours(source, source.read(bands, window=Window(c0, r0, c1 - c0, r1 - r0)))
-            known[at] = True
+            values = source.read(bands, window=Window(c0, r0, c1 - c0, r1 - r0))
+            rgb[:, at[0], at[1]], known[at] = self._colours(source, values), _finite(values)
         return rgb, known
 
     def _colours(self, source: DatasetReader, values: NDArray[np.generic]) -> NDArray[np.uint8]:

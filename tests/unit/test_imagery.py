@@ -6,6 +6,7 @@ import rasterio
 from pyproj import Transformer
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
+from scipy import ndimage
 
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Grid
@@ -119,6 +120,20 @@ def test_nodata_of_the_file_and_of_the_setting(tmp_path):
         _, known = ImageryReader(ImagerySpec(sources=("a",), nodata=nodata), [path], GRID).window(0, 0, 256, 256)
         assert not known[:, :99].any()
         assert known[:, 101:].all()
+
+
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_floats_that_are_no_numbers_are_unknown(tmp_path, step):
+    values = np.full((300, 300), 5.0)
+    values[100:120, 40:60] = np.nan
+    at = from_origin(GRID.bounds.left, GRID.bounds.top, step, step)
+    path = write(tmp_path / "a.tif", values, at, GRID.crs, bands=1, dtype="float32")
+    rgb, valid = ImageryReader(ImagerySpec(sources=("a",), value_range=(0, 10)), [path], GRID).window(0, 0, 150, 150)
+    hole = np.zeros((150, 150), bool)
+    hole[tuple(slice(int(a * step), int(b * step)) for a, b in ((100, 120), (40, 60)))] = True
+    assert not valid[hole].any()
+    assert valid[~ndimage.binary_dilation(hole, iterations=2)].all()
+    assert set(np.unique(rgb[:, valid])) <= {127, 128}
 
 
 def test_the_first_image_wins_and_the_second_fills(tmp_path):
