@@ -230,9 +230,10 @@ def _changes(
         return None, f"changed: {', '.join(names) or 'the format of the record'}"
     boxes = [Block(row, col, row + lattice.window_px, col + lattice.window_px) for row, col, _ in standing["failed"]]
     for kind in ("images", "lidar"):
-        old, new = before.get(kind, []), identity.get(kind, [])
-        boxes += [_pixels(evidence.grid, Bounds(*i[3])) for i in [*old, *new] if (i in old) != (i in new)]
-        if [i for i in old if i in new] != [i for i in new if i in old]:
+        was, now = ([json.dumps(file) for file in facts.get(kind, [])] for facts in (before, identity))
+        both = set(was) & set(now)
+        boxes += [_pixels(evidence.grid, Bounds(*json.loads(file)[3])) for file in [*was, *now] if file not in both]
+        if [file for file in was if file in both] != [file for file in now if file in both]:
             return None, f"changed: the order of the {kind}"
     if before["snapshot"] != identity["snapshot"]:
         try:
