@@ -79,8 +79,7 @@ def prepare(batch: Batch, view: View) -> Prepared:
     labels, known = _labels(batch, px)
     inputs, present = {}, {}
     if view.image or view.lidar:
-        matrix = _to_output(d, batch.image.shape[-1], px)
-        moved = warp_affine(batch.image.float(), matrix, (px, px), mode="bilinear", padding_mode="zeros") / 255
+        moved = _moved(batch, px)
         if view.image:
             inputs["image"], present["image"] = _camera(batch, moved[:, :4], px), d.has_image
         if view.lidar:
@@ -102,6 +101,12 @@ def _labels(batch: Batch, px: int) -> tuple[Tensor, Tensor]:
     matrix = _to_output(batch.draws, batch.label.shape[-1], px)
     moved = warp_affine(batch.label[:, None].float(), matrix, (px, px), mode="nearest", padding_mode="zeros")
     return (moved == ROAD).float(), (moved != UNKNOWN).float()
+
+
+def _moved(batch: Batch, px: int) -> Tensor:
+    """(N, 4 or 6, px, px), 0 … 1: all bands of the image in their new places."""
+    matrix = _to_output(batch.draws, batch.image.shape[-1], px)
+    return warp_affine(batch.image.float(), matrix, (px, px), mode="bilinear", padding_mode="zeros") / 255
 
 
 def _camera(batch: Batch, moved: Tensor, px: int) -> Tensor:

@@ -76,7 +76,7 @@ def main() -> None:
         optimiser.step()
 
     def pictures(batch):
-        return augment._camera(batch, a.window), augment._labels(batch, a.window)
+        return augment._camera(batch, augment._moved(batch, a.window), a.window), augment._labels(batch, a.window)
 
     view = recipe.view()
     for _ in range(a.steps + 2):
