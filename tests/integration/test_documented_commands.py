@@ -68,6 +68,8 @@ LIFE: list[tuple[str, int]] = [
 ]
 ELSEWHERE = {
     "roadfuse demo": "make demo, and test_refresh.py",
+    "roadfuse compare OUT/recipe.yaml --vary 'stages=[[{epochs: 12}]]' --vary "
+    "network.preset=roadfuse,d-linknet34,deepdualmapper-d-linknet34,cmmpnet-d-linknet34": "an hour, after a day's comparison",
     "roadfuse serve CITY.yaml": "test_server.py",
     'roadfuse serve city.yaml --cron "0 3 * * 1" --watch 900': "test_server.py",
 }
