@@ -10,10 +10,11 @@ from roadfuse_core.training._compare import (
     plan_runs,
     tabulate,
 )
-from roadfuse_core.training._fit import DivergedError, Splits, Trained, check_recipe, lay_split, split_recipe, train
+from roadfuse_core.training._fit import DivergedError, Trained, check_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
 from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe, parse_vary
 from roadfuse_core.training._score import SUITE, Damage, Scored, score_network
+from roadfuse_core.training._splits import Splits, lay_split, split_recipe
 from roadfuse_core.training._suite import run_suite, write_curves
 from roadfuse_core.training._windows import Batch, Draws, EpochOrder, StillWindows, TrainingWindows, Window, collate
 

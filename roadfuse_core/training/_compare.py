@@ -21,11 +21,12 @@ from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.files import write_whole
 from roadfuse_core.models import build_network, describe, load_checkpoint
 from roadfuse_core.settings import load_city
-from roadfuse_core.training._fit import check_recipe, lay_split, split_recipe, train
+from roadfuse_core.training._fit import check_recipe, train
 from roadfuse_core.training._ground import require_ground
 from roadfuse_core.training._pictures import panel, to_png, window_inputs
 from roadfuse_core.training._recipe import Recipe, load_recipe
 from roadfuse_core.training._score import SUITE, measure_speed, score_network
+from roadfuse_core.training._splits import lay_split, split_recipe
 
 __all__ = [
     "FIGURES",

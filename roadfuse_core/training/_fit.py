@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import logging
@@ -10,13 +9,12 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from dask.distributed import Client
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -31,7 +29,6 @@ from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet, tel
 from roadfuse_core.cubes import committer_lock
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
 from roadfuse_core.files import write_whole
-from roadfuse_core.grid import TileIndex, split_tiles
 from roadfuse_core.models import (
     CheckpointInfo,
     Network,
@@ -40,31 +37,17 @@ from roadfuse_core.models import (
     load_resnet_weights,
     save_checkpoint,
 )
-from roadfuse_core.settings import City, ClusterSpec, load_city
+from roadfuse_core.settings import ClusterSpec, load_city
 from roadfuse_core.training._forests import fit_forests
-from roadfuse_core.training._ground import Ground, lay_ground, require_ground
+from roadfuse_core.training._ground import Ground, require_ground
 from roadfuse_core.training._module import RoadModule
 from roadfuse_core.training._recipe import Recipe
+from roadfuse_core.training._splits import Splits, city_files, fraction_of, lay_split, split_recipe
 from roadfuse_core.training._windows import EpochOrder, StillWindows, TrainingWindows, collate
 
-__all__ = ["Splits", "Trained", "check_recipe", "lay_split", "split_recipe", "train"]
+__all__ = ["Trained", "check_recipe", "train"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Which tiles of which city are for what; disjoint in space.
-
-    Attributes:
-        train: Tiles by city file.
-        validation: The same.
-        test: The same.
-    """
-
-    train: dict[str, list[TileIndex]]
-    validation: dict[str, list[TileIndex]]
-    test: dict[str, list[TileIndex]]
 
 
 @dataclass(frozen=True)
@@ -84,47 +67,6 @@ class Trained:
     epochs: int
 
 
-def city_files(recipe: Recipe, texts: Sequence[str], key: str) -> list[Path]:
-    """City files behind paths and globs of a recipe, sorted.
-
-    Raises:
-        ConfigError: One matches nothing.
-    """
-    out: list[Path] = []
-    for text in texts:
-        found = sorted(glob.glob(str(recipe.root / Path(text).expanduser()), recursive=True))
-        if not found:
-            raise ConfigError(key, text, "matches no city file", "correct the path, or simulate and ingest cities first")
-        out += [Path(f).resolve() for f in found]
-    return sorted(set(out))
-
-
-def split_recipe(recipe: Recipe) -> Splits:
-    """The tiles of every split.
-
-    Raises:
-        ConfigError: A city is in two splits, a split is empty, or a fraction of the labels is no tile.
-    """
-    cities = city_files(recipe, recipe.cities, "cities")
-    validation = city_files(recipe, recipe.validation_cities, "validation_cities")
-    test = city_files(recipe, recipe.test_cities, "test_cities")
-    for one, other in ((cities, validation), (cities, test), (validation, test)):
-        if both := set(one) & set(other):
-            raise ConfigError("cities", str(min(both)), "is in two splits", "name it in one of them")
-    out: dict[str, dict[str, list[TileIndex]]] = {"train": {}, "validation": {}, "test": {}}
-    for path in cities:
-        for tile, name in _split_city(load_city(path), recipe).items():
-            # Where whole cities are kept for a purpose, the tiles of the others need not serve it.
-            name = "train" if (name == "test" and test) or (name == "validation" and validation) else name
-            out[name].setdefault(str(path), []).append(tile)
-    for name, paths in (("validation", validation), ("test", test)):
-        out[name] |= {str(p): load_city(p).make_grid().tiles() for p in paths}
-    for name, tiles in out.items():
-        if not tiles:
-            raise ConfigError("split", name, "holds no tile", "give more cities, smaller tiles, or another split")
-    return Splits(**{name: {c: sorted(t) for c, t in by.items()} for name, by in out.items()})
-
-
 def check_recipe(recipe: Recipe) -> Splits:
     """Whatever can be known before tiles are read; nothing is written.
 
@@ -140,34 +82,6 @@ def check_recipe(recipe: Recipe) -> Splits:
     for city, labels in dict.fromkeys([*needs, *((c, recipe.target) for c in splits.validation)]):
         require_ground(load_city(Path(city)), labels, view)
     return splits
-
-
-def _split_city(city: City, recipe: Recipe) -> dict[TileIndex, str]:
-    grid, s = city.make_grid(), recipe.split
-    if s.folds is None:
-        return split_tiles(grid, s.seed)
-    part = {t: k % s.folds for k, t in enumerate(split_tiles(grid, s.seed))}  # in the order of their ranks
-    names = {s.fold: "test", (s.fold + 1) % s.folds: "validation"}
-    return {t: names.get(k, "train") for t, k in part.items()}
-
-
-def lay_split(
-    recipe: Recipe, tiles: dict[str, list[TileIndex]], labels: str, out: Path, tell: Progress = quiet
-) -> list[Ground]:
-    """The grounds of some tiles of some cities, in the order of their files."""
-    view = recipe.view()
-    return [lay_ground(load_city(Path(c)), t, labels, view, out, tell) for c, t in sorted(tiles.items())]
-
-
-def _fraction(tiles: dict[str, list[TileIndex]], share: float, seed: int) -> dict[str, list[TileIndex]]:
-    """A share of the tiles, at least one, the smaller share always inside the larger."""
-    every = [(c, t) for c, of in sorted(tiles.items()) for t in of]
-    order = np.random.default_rng([seed, 81]).permutation(len(every))
-    chosen = sorted(every[k] for k in order[: max(1, round(share * len(every)))])
-    out: dict[str, list[TileIndex]] = {}
-    for c, t in chosen:
-        out.setdefault(c, []).append(t)
-    return out
 
 
 def train(
@@ -246,7 +160,7 @@ class _Grounds:
 def _lay_all(recipe: Recipe, splits: Splits, folder: Path, tell: Progress) -> _Grounds:
     stages = []
     for stage in recipe.stages:
-        tiles = _fraction(splits.train, stage.label_fraction, recipe.split.seed)
+        tiles = fraction_of(splits.train, stage.label_fraction, recipe.split.seed)
         grounds = lay_split(recipe, tiles, stage.labels, folder, tell)
         if not sum(sum(g.road) for g in grounds):
             raise ConfigError("stages", stage.labels, "shows nothing on the training tiles", "check labels, or take more tiles")

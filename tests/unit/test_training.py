@@ -34,8 +34,8 @@ from roadfuse_core.training import (
     train,
 )
 from roadfuse_core.training import _augment as augment
-from roadfuse_core.training._fit import _fraction
 from roadfuse_core.training._recipe import Augmentation
+from roadfuse_core.training._splits import fraction_of
 from roadfuse_core.training._windows import Draws, draw, stillness
 
 QUANTITIES = (
@@ -253,7 +253,7 @@ def test_ranks_share_a_batch_and_epochs_go_on(recipe):
 @given(st.integers(0, 50), st.floats(0.01, 1))
 def test_a_smaller_fraction_of_the_labels_lies_inside_a_larger(seed, share):
     tiles = {"a": [TileIndex(0, k) for k in range(20)], "b": [TileIndex(1, k) for k in range(11)]}
-    small, large = _fraction(tiles, share / 2, seed), _fraction(tiles, share, seed)
+    small, large = fraction_of(tiles, share / 2, seed), fraction_of(tiles, share, seed)
     assert sum(map(len, large.values())) == max(1, round(31 * share))
     for name, of in small.items():
         assert set(of) <= set(large[name])
