@@ -29,7 +29,7 @@ def train(
 ) -> None:
     """Train a network; run again after a crash, it goes on."""
     from roadfuse_core.models import describe
-    from roadfuse_core.training import check_recipe, load_recipe
+    from roadfuse_core.training import check_recipe, estimate_seconds, load_recipe
     from roadfuse_core.training import train as train_network
     from tasks.progress import ConsoleProgress
 
@@ -41,12 +41,19 @@ def train(
         f"{recipe.network.preset}: {size.parameters:,} parameters; tiles: {counts}; {steps:,} steps of {recipe.batch}"
     )
     if dry_run:
+        console.print(f"about {_duration(estimate_seconds(recipe, splits))} on this machine, besides reading the tiles once")
         return
     folder = out or recipe.root / "runs" / recipe.name
     with ConsoleProgress() as tell:
         done = train_network(recipe, folder, tell)
     console.print(f"validation g_iou {done.validation_g_iou:.4f} after {done.epochs} epochs")
     console.print(f"checkpoint  {done.checkpoint}\nsplits      {done.splits}\nlog         {folder / 'log'}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @app.command()

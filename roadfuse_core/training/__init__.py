@@ -10,13 +10,14 @@ from roadfuse_core.training._compare import (
     plan_runs,
     tabulate,
 )
-from roadfuse_core.training._fit import DivergedError, Trained, check_recipe, train
+from roadfuse_core.training._estimate import estimate_seconds
+from roadfuse_core.training._fit import DivergedError, Trained, TrainingStoppedError, check_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
 from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe, parse_vary
 from roadfuse_core.training._score import SUITE, Damage, Scored, score_network
 from roadfuse_core.training._splits import Splits, lay_split, split_recipe
 from roadfuse_core.training._suite import run_suite, write_curves
-from roadfuse_core.training._windows import Batch, Draws, EpochOrder, StillWindows, TrainingWindows, Window, collate
+from roadfuse_core.training._windows import Batch, Draws, StillWindows, TrainingWindows, Window, WindowOrder, collate
 
 __all__ = [
     "SUITE",
@@ -27,7 +28,6 @@ __all__ = [
     "Damage",
     "DivergedError",
     "Draws",
-    "EpochOrder",
     "Ground",
     "InvalidRecipeError",
     "Prepared",
@@ -36,13 +36,16 @@ __all__ = [
     "Splits",
     "StillWindows",
     "Trained",
+    "TrainingStoppedError",
     "TrainingWindows",
     "View",
     "Window",
+    "WindowOrder",
     "arrays_of_layers",
     "check_recipe",
     "collate",
     "compare",
+    "estimate_seconds",
     "lay_ground",
     "lay_split",
     "load_recipe",

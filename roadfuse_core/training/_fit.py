@@ -6,7 +6,9 @@ import io
 import json
 import logging
 import shutil
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -43,11 +45,12 @@ from roadfuse_core.training._ground import Ground, require_ground
 from roadfuse_core.training._module import RoadModule
 from roadfuse_core.training._recipe import Recipe
 from roadfuse_core.training._splits import Splits, city_files, fraction_of, lay_split, split_recipe
-from roadfuse_core.training._windows import EpochOrder, StillWindows, TrainingWindows, collate
+from roadfuse_core.training._windows import StillWindows, TrainingWindows, WindowOrder, collate
 
-__all__ = ["Trained", "check_recipe", "train"]
+__all__ = ["DivergedError", "Trained", "TrainingStoppedError", "check_recipe", "train"]
 
 log = logging.getLogger(__name__)
+STATE_EVERY_S = 300.0  # time between two states within an epoch
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def check_recipe(recipe: Recipe) -> Splits:
 def train(
     recipe: Recipe, out: Path, tell: Progress = quiet, threads: int | None = None, cluster: ClusterSpec | None = None
 ) -> Trained:
-    """Train by a recipe; a killed run goes on at its last whole epoch, and ends with the same weights.
+    """Train by a recipe; a killed run goes on at its last state, within an epoch too, and ends with the same weights.
 
     Args:
         recipe: What to do.
@@ -99,17 +102,34 @@ def train(
     Raises:
         ConfigError: The recipe does not fit the data, said before the first step.
         StoreError: The folder holds another recipe's run, or another process trains in it.
+        TrainingStoppedError: It was interrupted (Ctrl-C, SIGTERM).
     """
     with committer_lock(out):
         _require_own(out, recipe)
         if not (out / "done.json").is_file():
-            _complete(recipe, out, tell, threads, cluster)
+            with _stops_explained(out):
+                _complete(recipe, out, tell, threads, cluster)
     facts = json.loads((out / "done.json").read_text())
     return Trained(out / "checkpoint.safetensors", out / "splits.json", facts["g_iou"], facts["epochs"])
 
 
+@contextmanager
+def _stops_explained(out: Path) -> Iterator[None]:
+    """An interruption becomes one line that says how to go on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+        begun = any(out.glob("stage-*/last.ckpt")) or any(out.glob("stage-*/done.json"))
+        kept = "its state is kept" if begun else "no state was kept yet"
+        how = "it goes on from there" if begun else "it begins from the start"
+        raise TrainingStoppedError(f"{out}: the training was stopped, {kept}; run the same command again and {how}") from stop
+
+
 def _complete(recipe: Recipe, out: Path, tell: Progress, threads: int | None, cluster: ClusterSpec | None) -> None:
-    """All of a run that is not done; from its last whole epoch, if it has begun."""
+    """All of a run that is not done; from its last state, if it has begun."""
     splits = check_recipe(recipe)
     grounds = _lay_all(recipe, splits, out.parent / "ground", tell)
     # From here on the folder is this recipe's; one that was refused does not keep it.
@@ -287,7 +307,7 @@ def run_stages(
 def _run_stage(
     module: RoadModule, grounds: _Grounds, stage: tuple[Ground, ...], out: Path, rank: _Rank, tell: Progress
 ) -> tuple[float, int]:
-    """One stage, from its last whole epoch; leaves the network with its weights, and tells its score and epochs."""
+    """One stage, from its last state; leaves the network with its weights, and tells its score and epochs."""
     recipe, number = module.recipe, module.stage
     folder = out / f"stage-{number}"
     weights, state, done = folder / f"{recipe.keep}.ckpt", folder / "last.ckpt", folder / "done.json"
@@ -314,7 +334,7 @@ def _loaders(
     # On a CPU the cores are busy with the step itself; beside a GPU, processes read ahead.
     gpu = trainer.strategy.root_device.type == "cuda"
     ahead: dict[str, Any] = {"num_workers": 4, "multiprocessing_context": "spawn", "persistent_workers": True} if gpu else {}
-    order = EpochOrder(recipe, rank.number, rank.of)
+    order = WindowOrder(recipe, lambda: trainer.global_step, rank.number, rank.of)
     teaching: DataLoader[Any] = DataLoader(
         TrainingWindows(recipe, stage, number),
         batch_sampler=order,
@@ -337,6 +357,7 @@ def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress)
     # The state to go on from is a callback of its own, and the last of them: it holds what the others have just noted. With
     # `save_last`, Lightning writes it only at epochs that are among the best.
     callbacks.append(ModelCheckpoint(folder, "last", **after))
+    callbacks.append(_StateWithinEpoch(folder / "last.ckpt", recipe.epoch_steps))
     if recipe.patience:
         callbacks.append(EarlyStopping("g_iou", mode="max", patience=recipe.patience, check_on_train_epoch_end=False))
     _keep_log(out / "log" / f"stage-{stage}")
@@ -393,6 +414,34 @@ class _Teller(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         log.info("stage %d, epoch %d: g_iou %.4f", self.stage + 1, trainer.current_epoch, trainer.callback_metrics["g_iou"])
+
+
+class _StateWithinEpoch(Callback):
+    """A state every few minutes, so that a run that is killed loses no more, however long its epochs are.
+
+    After an epoch's last step it is left to the callback that saves after the validation: a run that went on from there
+    would leave the validation out.
+    """
+
+    def __init__(self, path: Path, epoch_steps: int) -> None:
+        self.path, self.epoch_steps = path, epoch_steps
+        self.saved_s = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.epoch_steps == 0:
+            return
+        due = time.monotonic() - self.saved_s >= STATE_EVERY_S
+        if trainer.world_size > 1:
+            due = trainer.strategy.broadcast(due)  # saving waits for all ranks, so all must do it
+        if due:
+            trainer.save_checkpoint(self.path)
+            self.saved_s = time.monotonic()
+
+
+class TrainingStoppedError(RoadFuseError):
+    """A training that was interrupted; run again, it goes on."""
+
+    exit_code = 130
 
 
 class DivergedError(RoadFuseError, ArithmeticError):

@@ -46,6 +46,10 @@ class RoadModule(LightningModule):
                     module.eval()
         return self
 
+    def on_train_start(self) -> None:
+        """A run that goes on within an epoch gets no start of that epoch."""
+        self.train()
+
     def on_train_epoch_start(self) -> None:
         """Lightning leaves modules in the mode in which they came."""
         self.train()
@@ -122,7 +126,10 @@ class RoadModule(LightningModule):
             never = 10**9
             return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "g_iou", "frequency": never}}
         if o.schedule == "one-cycle":
-            cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, o.lr, total_steps=self.steps + 1, pct_start=0.1)
+            total = self.steps + 1
+            # A rise of less than one step is a division by zero there.
+            rise = min(1.0, max(0.1, 2 / total))
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, o.lr, total_steps=total, pct_start=rise)
             return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
         rate: Callable[[int], float] = (lambda t: 1.0) if o.schedule == "constant" else self._poly
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,7 +14,18 @@ from torch.utils.data import Dataset, Sampler
 from roadfuse_core.training._ground import Cells, Ground
 from roadfuse_core.training._recipe import Augmentation, Recipe, View
 
-__all__ = ["Batch", "Draws", "EpochOrder", "StillWindows", "TrainingWindows", "Window", "collate", "draw", "stillness"]
+__all__ = [
+    "Batch",
+    "Draws",
+    "StillWindows",
+    "TrainingWindows",
+    "Window",
+    "WindowOrder",
+    "collate",
+    "draw",
+    "source_side_px",
+    "stillness",
+]
 
 # Streams of random numbers that belong to a window's number.
 PLACE, CHANGE = 71, 72
@@ -167,6 +178,12 @@ def _draw_camera(
     out["noise"] = np.asarray(0.035 * s * level[7])
 
 
+def source_side_px(recipe: Recipe) -> int:
+    """Edge of the square that is read for a window, so that every turn and scale finds its pixels; even."""
+    reach = (recipe.window_px + 2 * recipe.view().halo_px) * recipe.augmentation.scale[1]
+    return 2 * int(np.ceil(reach / 2)) + 2
+
+
 class TrainingWindows(Dataset[Window]):
     """Windows by number; number n is the same whatever came before, and on whichever rank.
 
@@ -185,8 +202,7 @@ class TrainingWindows(Dataset[Window]):
         bias = recipe.road_bias if road.sum() else 0.0
         share = (1 - bias) * known / known.sum() + (bias * road / road.sum() if bias else 0)
         self.cumulative = np.cumsum(share) / share.sum()
-        reach = (recipe.window_px + 2 * recipe.view().halo_px) * recipe.augmentation.scale[1]
-        self.side = 2 * int(np.ceil(reach / 2)) + 2
+        self.side = source_side_px(recipe)
 
     def __len__(self) -> int:
         return sum(s.epochs for s in self.recipe.stages) * self.recipe.epoch_steps * self.recipe.batch
@@ -251,31 +267,38 @@ class StillWindows(Dataset[Window]):
         return Window(image, scored, cells, stillness(), seed, tile)
 
 
-class EpochOrder(Sampler[list[int]]):
-    """Numbers of one rank's batches in an epoch; Lightning tells the epoch, so that a resumed run goes on in order.
+class WindowOrder(Sampler[list[int]]):
+    """Window numbers of one rank's batches, for the rest of the epoch that is under way.
+
+    Number n is the n-th window that the stage draws, counted through all its epochs and over all ranks, so no two
+    steps of a stage get the same window. Where to begin follows from the steps that the optimiser has made, not from
+    a call at the start of an epoch: loaders ask for their first batches before any such call, and a run that goes on
+    begins within an epoch.
 
     Args:
         recipe: Batch and steps.
+        steps_done: Optimiser steps that this stage has made so far, asked whenever the loader begins to read.
         rank: Which process.
         ranks: How many share each batch.
     """
 
-    def __init__(self, recipe: Recipe, rank: int = 0, ranks: int = 1) -> None:
-        self.steps, self.batch, self.rank, self.ranks = recipe.epoch_steps, recipe.batch, rank, ranks
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch."""
-        self.epoch = epoch
+    def __init__(self, recipe: Recipe, steps_done: Callable[[], int], rank: int = 0, ranks: int = 1) -> None:
+        self.epoch_steps, self.batch = recipe.epoch_steps, recipe.batch
+        self.steps_done, self.rank, self.ranks = steps_done, rank, ranks
 
     def __len__(self) -> int:
-        return self.steps
+        """Batches of a whole epoch, as a loader's length is understood."""
+        return self.epoch_steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        begin = self.steps_done()
+        end = (begin // self.epoch_steps + 1) * self.epoch_steps
+        return (self._batch(step) for step in range(begin, end))
+
+    def _batch(self, step: int) -> list[int]:
         own = self.batch // self.ranks
-        for step in range(self.steps):
-            first = (self.epoch * self.steps + step) * self.batch + self.rank * own
-            yield list(range(first, first + own))
+        first = step * self.batch + self.rank * own
+        return list(range(first, first + own))
 
 
 def collate(windows: list[Window]) -> Batch:

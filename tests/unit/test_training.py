@@ -19,7 +19,6 @@ from roadfuse_core.grid import TileIndex
 from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.training import (
-    EpochOrder,
     InvalidRecipeError,
     StillWindows,
     TrainingWindows,
@@ -234,20 +233,6 @@ def test_a_window_is_the_same_whatever_came_before(recipe, tmp_path):
         assert a.key == b.key
         assert all(np.array_equal(a.change[k], b.change[k]) for k in a.change)
     assert one[0].key != TrainingWindows(made, grounds, 1)[0].key, "another stage, other draws"
-
-
-def test_ranks_share_a_batch_and_epochs_go_on(recipe):
-    made = recipe(ranks=2)
-    whole = EpochOrder(made)
-    for epoch in (0, 3):
-        whole.set_epoch(epoch)
-        parts = []
-        for rank in (0, 1):
-            order = EpochOrder(made, rank, 2)
-            order.set_epoch(epoch)
-            parts.append(list(order))
-        assert [a + b for a, b in zip(*parts)] == list(whole)
-        assert next(iter(whole))[0] == epoch * made.epoch_steps * made.batch
 
 
 @given(st.integers(0, 50), st.floats(0.01, 1))
