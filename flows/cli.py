@@ -291,6 +291,8 @@ def _evaluate_suite(cities: list[City], weights: list[str], out: Path | None, as
     for (family, level), rows in found.groupby(["family", "level"], sort=False):
         table.add_row(str(family), f"{level:g}", *(f"{v:.3f}" for v in rows.groupby("network", sort=False).g_iou.mean()))
     console.print(table)
+    for row in found.drop_duplicates(["city", "network"]).itertuples():
+        console.print(f"{row.city}, {row.network}: {row.tiles} tiles, {row.tiles_from}", markup=False)
     console.print(f"curves  {folder / 'suite.html'}\nfigures {folder / 'suite.csv'}")
 
 

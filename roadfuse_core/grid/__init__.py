@@ -3,18 +3,35 @@
 from roadfuse_core.grid._grid import Bounds, Grid, TileIndex, make_grid
 from roadfuse_core.grid._lattice import Block, Lattice, blocks_of
 from roadfuse_core.grid._projection import PixelProjection, fit_projection
-from roadfuse_core.grid._split import SPLITS, split_tiles
+from roadfuse_core.grid._split import (
+    SPLITS,
+    ImpliedSplit,
+    SplitRule,
+    TaughtCity,
+    imply_split,
+    split_by,
+    split_tiles,
+    taught_near,
+    tiles_learnt,
+)
 
 __all__ = [
     "SPLITS",
     "Block",
     "Bounds",
     "Grid",
+    "ImpliedSplit",
     "Lattice",
     "PixelProjection",
+    "SplitRule",
+    "TaughtCity",
     "TileIndex",
     "blocks_of",
     "fit_projection",
+    "imply_split",
     "make_grid",
+    "split_by",
     "split_tiles",
+    "taught_near",
+    "tiles_learnt",
 ]

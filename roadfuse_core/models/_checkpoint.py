@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from roadfuse_core.errors import ConfigError
+from roadfuse_core.grid import Grid, ImpliedSplit, SplitRule, TaughtCity, imply_split
 from roadfuse_core.models._base import Network
 from roadfuse_core.models._config import NetworkConfig
 from roadfuse_core.models._network import build_network
@@ -30,6 +31,8 @@ class CheckpointInfo(BaseModel):
         resolution_m: Pixel size that it was trained at.
         window_px: Window size that it was trained at.
         recipe: The training recipe, seeds included.
+        taught: Cities that it learnt from, was validated on, or was kept from, those of the checkpoint that it began with
+            included; None where a checkpoint does not say.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +42,17 @@ class CheckpointInfo(BaseModel):
     resolution_m: float
     window_px: int
     recipe: dict[str, Any]
+    taught: tuple[TaughtCity, ...] | None = None
+
+    def split_of(self, city: str, grid: Grid) -> ImpliedSplit:
+        """Which tiles of a city may score this network.
+
+        Args:
+            city: The city's name.
+            grid: Its grid.
+        """
+        rule = SplitRule(**self.recipe.get("split") or {})
+        return imply_split(city, grid, self.taught, rule)
 
     @property
     def target(self) -> str:

@@ -44,7 +44,7 @@ from roadfuse_core.training._forests import fit_forests
 from roadfuse_core.training._ground import Ground, require_ground
 from roadfuse_core.training._module import RoadModule
 from roadfuse_core.training._recipe import Recipe
-from roadfuse_core.training._splits import Splits, city_files, fraction_of, lay_split, split_recipe
+from roadfuse_core.training._splits import Splits, city_files, fraction_of, lay_split, split_recipe, taught_cities
 from roadfuse_core.training._windows import StillWindows, TrainingWindows, WindowOrder, collate
 
 __all__ = ["DivergedError", "Trained", "TrainingStoppedError", "check_recipe", "train"]
@@ -454,6 +454,7 @@ def _save(recipe: Recipe, network: Network, out: Path) -> None:
     info = CheckpointInfo(
         network=network.config, layers=[layer.model_dump() for layer in recipe.view().layers],
         resolution_m=_resolution(recipe), window_px=recipe.window_px, recipe=recipe.model_dump(mode="json"),
+        taught=taught_cities(recipe),
     )  # fmt: skip
     part = out / "checkpoint.part"
     save_checkpoint(part, network.eval(), info)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import numpy as np
 
 from roadfuse_core.cluster import Progress, quiet
 from roadfuse_core.errors import ConfigError
-from roadfuse_core.grid import TileIndex, split_tiles
+from roadfuse_core.grid import SPLITS, SplitRule, TaughtCity, TileIndex, tiles_learnt
+from roadfuse_core.models import read_checkpoint_info
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.training._ground import Ground, lay_ground
 from roadfuse_core.training._recipe import Recipe
 
-__all__ = ["Splits", "city_files", "fraction_of", "lay_split", "split_recipe"]
+__all__ = ["Splits", "city_files", "fraction_of", "lay_split", "split_recipe", "taught_cities"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,27 +65,72 @@ def split_recipe(recipe: Recipe) -> Splits:
     for one, other in ((cities, validation), (cities, test), (validation, test)):
         if both := set(one) & set(other):
             raise ConfigError("cities", str(min(both)), "is in two splits", "name it in one of them")
-    out: dict[str, dict[str, list[TileIndex]]] = {"train": {}, "validation": {}, "test": {}}
-    for path in cities:
-        for tile, name in _split_city(load_city(path), recipe).items():
-            # Where whole cities are kept for a purpose, the tiles of the others need not serve it.
-            name = "train" if (name == "test" and test) or (name == "validation" and validation) else name
+    by_file = _taught_by_file(recipe, cities, validation, test)
+    _require_apart(recipe, by_file)
+    out: dict[str, dict[str, list[TileIndex]]] = {name: {} for name in SPLITS}
+    for path, city in by_file.items():
+        for tile, name in city.tiles().items():
             out[name].setdefault(str(path), []).append(tile)
-    for name, paths in (("validation", validation), ("test", test)):
-        out[name] |= {str(p): load_city(p).make_grid().tiles() for p in paths}
     for name, tiles in out.items():
         if not tiles:
             raise ConfigError("split", name, "holds no tile", "give more cities, smaller tiles, or another split")
     return Splits(**{name: {c: sorted(t) for c, t in by.items()} for name, by in out.items()})
 
 
-def _split_city(city: City, recipe: Recipe) -> dict[TileIndex, str]:
-    grid, s = city.make_grid(), recipe.split
-    if s.folds is None:
-        return split_tiles(grid, s.seed)
-    part = {t: k % s.folds for k, t in enumerate(split_tiles(grid, s.seed))}  # in the order of their ranks
-    names = {s.fold: "test", (s.fold + 1) % s.folds: "validation"}
-    return {t: names.get(k, "train") for t, k in part.items()}
+def taught_cities(recipe: Recipe) -> tuple[TaughtCity, ...]:
+    """The cities that decide a recipe's weights, with the purposes of their tiles; those of its start included."""
+    files = (city_files(recipe, getattr(recipe, key), key) for key in ("cities", "validation_cities", "test_cities"))
+    return (*_taught_by_file(recipe, *files).values(), *_taught_at_start(recipe))
+
+
+def _taught_at_start(recipe: Recipe) -> tuple[TaughtCity, ...]:
+    """Cities of the checkpoint that the recipe begins with."""
+    if recipe.network.start is None:
+        return ()
+    taught = read_checkpoint_info(recipe.root / recipe.network.start).taught
+    if taught is None:
+        log.warning(
+            "network.start: %s does not say which tiles it learnt from; test tiles may be among them", recipe.network.start
+        )
+    return taught or ()
+
+
+def _require_apart(recipe: Recipe, by_file: dict[Path, TaughtCity]) -> None:
+    """Refuse a recipe that would validate or test on ground from which its network learns, or has learnt before."""
+    before = _taught_at_start(recipe)
+    for path, city in by_file.items():
+        twins = [other for other_path, other in by_file.items() if other_path != path]
+        if tiles := _kept_and_taught(city, twins):
+            raise ConfigError(
+                "cities", city.name, f"learns from {tiles} tiles that another file keeps for validation or test",
+                "name each city once",
+            )  # fmt: skip
+        if tiles := _kept_and_taught(city, before):
+            raise ConfigError(
+                "network.start", recipe.network.start, f"learnt from {tiles} validation or test tiles of {city.name}",
+                "use the split of its recipe, or begin with another checkpoint",
+            )  # fmt: skip
+
+
+def _kept_and_taught(city: TaughtCity, others: Iterable[TaughtCity]) -> int:
+    """How many tiles that a city keeps for validation or test are training tiles of cities of the same name."""
+    learnt = tiles_learnt(city.grid, [other for other in others if other.name == city.name])
+    return sum(purpose != "train" and tile in learnt for tile, purpose in city.tiles().items())
+
+
+def _taught_by_file(
+    recipe: Recipe, cities: Sequence[Path], validation: Sequence[Path], test: Sequence[Path]
+) -> dict[Path, TaughtCity]:
+    rule = SplitRule(recipe.split.seed, recipe.split.folds, recipe.split.fold)
+    # Where whole cities are kept for a purpose, the tiles of the others need not serve it.
+    shared = ("train", "train" if validation else "validation", "train" if test else "test")
+    purposes: dict[Path, tuple[str, str, str]] = dict.fromkeys(cities, shared)
+    purposes |= dict.fromkeys(validation, ("validation",) * 3) | dict.fromkeys(test, ("test",) * 3)
+    return {path: _taught(load_city(path), rule, used_as) for path, used_as in purposes.items()}
+
+
+def _taught(city: City, rule: SplitRule, purposes: tuple[str, str, str]) -> TaughtCity:
+    return TaughtCity(city.name, city.make_grid(), rule, purposes)
 
 
 def lay_split(
