@@ -17,6 +17,7 @@ from scipy import ndimage
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, render
 from roadfuse_core.errors import ConfigError
+from roadfuse_core.files import replacing
 from roadfuse_core.grid import TileIndex, split_tiles
 from roadfuse_core.inference import KdeModel, MapReader
 from roadfuse_core.labels import RoadMap, open_map
@@ -121,9 +122,8 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = [("row", pa.int32()), ("col", pa.int32()), ("split", pa.string()), ("subset", pa.string())]
     schema = pa.schema(fields + [(k, pa.int64()) for k in Confusion._fields])
-    part = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-    part.rename(path)
+    with replacing(path) as part:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
 
 
 def tune_kde(city: City, tell: Progress = quiet) -> KdeModel:

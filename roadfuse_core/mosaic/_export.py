@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +18,14 @@ import shapely
 import shapely.geometry
 from numpy.typing import NDArray
 from pyproj import Transformer
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
 from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_translate
 from rio_cogeo.profiles import cog_profiles
 
-from roadfuse_core.files import write_whole
+from roadfuse_core.errors import StoreError
+from roadfuse_core.files import replacing, write_whole
 from roadfuse_core.grid import Grid
 
 __all__ = ["write_cog", "write_item"]
@@ -44,23 +50,68 @@ def write_cog(
 
     Returns:
         The path.
+
+    Raises:
+        StoreError: It cannot be written; what was there stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain, part = path.with_suffix(".plain.tif"), path.with_suffix(".part.tif")
+    with replacing(path) as part, TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        plain = Path(scratch) / "plain.tif"
+        _write_plain(plain, path, grid, read, dtype, nodata)
+        with _writing(path), rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            cog_translate(plain, part, cog_profiles.get("deflate"), nodata=nodata, add_mask=nodata is not None,
+                          overview_resampling=resampling, in_memory=False, quiet=True)  # fmt: skip
+            _read_all(part)
+    return path
+
+
+def _write_plain(plain: Path, path: Path, grid: Grid, read: Read, dtype: str, nodata: float | None) -> None:
+    """All pixels as a tiled GeoTIFF without overviews; `path` is the file in messages."""
     height, width = grid.shape
     profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": dtype, "nodata": nodata, "tiled": True,
                "crs": grid.crs, "transform": grid.affine, "compress": "zstd", "BIGTIFF": "IF_SAFER"}  # fmt: skip
-    with rasterio.open(plain, "w", **profile) as target:
-        for r in range(0, height, BLOCK_PX):
-            for c in range(0, width, BLOCK_PX):
-                h, w = min(BLOCK_PX, height - r), min(BLOCK_PX, width - c)
-                target.write(read(r, c, h, w).astype(dtype), 1, window=Window(c, r, w, h))
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
-        cog_translate(plain, part, cog_profiles.get("deflate"), nodata=nodata, add_mask=nodata is not None,
-                      overview_resampling=resampling, in_memory=False, quiet=True)  # fmt: skip
-    part.rename(path)
-    plain.unlink()
-    return path
+    with _writing(path), rasterio.open(plain, "w", **profile) as target:
+        for window in _windows(height, width):
+            values = read(window.row_off, window.col_off, window.height, window.width)
+            target.write(values.astype(dtype), 1, window=window)
+
+
+def _windows(height: int, width: int) -> Iterator[Window]:
+    """Row-major."""
+    for row in range(0, height, BLOCK_PX):
+        for col in range(0, width, BLOCK_PX):
+            yield Window(col, row, min(BLOCK_PX, width - col), min(BLOCK_PX, height - row))
+
+
+def _read_all(path: Path) -> None:
+    """Read a finished file with its overviews and masks: GDAL loses errors of the last bytes that it writes.
+
+    Raises:
+        RasterioIOError: Something in it cannot be read.
+    """
+    with rasterio.open(path) as source:
+        levels = len(source.overviews(1))
+    for level in (None, *range(levels)):
+        with rasterio.open(path, overview_level=level) as source:
+            for window in _windows(source.height, source.width):
+                source.read(1, window=window)
+                source.read_masks(1, window=window)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of GDAL and of the disk, as one line with the file's name.
+
+    Raises:
+        StoreError: Something could not be written.
+    """
+    try:
+        yield
+    except (RasterioError, CPLE_BaseError, OSError) as error:
+        # GDAL often does not say that a disk is full, and has removed files of its own by now.
+        free_mb = shutil.disk_usage(path.parent).free / 1e6
+        why = str(error).splitlines()[0]
+        line = f"{path}: cannot be written ({why}; {free_mb:,.1f} MB are free there); what was there stays"
+        raise StoreError(f"{line}: make room and run again") from error
 
 
 def write_item(path: Path, name: str, grid: Grid, files: Mapping[str, Path], made: datetime, facts: Mapping[str, Any]) -> Path:
