@@ -1,14 +1,26 @@
-"""Files that are whole or not there."""
+"""Files that are complete or not there, and that are known again by their digest."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replacing", "write_whole"]
+from blake3 import blake3
+
+from roadfuse_core.errors import StoreError
+
+__all__ = ["DamagedFileError", "digest_of", "read_record", "replacing", "write_record", "write_whole"]
+
+DIGEST = "blake3"
+
+
+class DamagedFileError(StoreError):
+    """A file of ours is not what was written."""
 
 
 @contextmanager
@@ -57,3 +69,52 @@ def write_whole(path: Path, text: str) -> Path:
     with replacing(path) as part:
         part.write_text(text)
     return path
+
+
+def digest_of(content: bytes | Path) -> str:
+    """BLAKE3 of bytes, or of a file, 16 bytes in hexadecimal.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = blake3()
+    if isinstance(content, Path):
+        digest.update_mmap(content)
+    else:
+        digest.update(content)
+    return digest.hexdigest(16)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> Path:
+    """Write a record as JSON with its own digest, in one step; `read_record` reads it.
+
+    Args:
+        path: Where to; its folder is made.
+        record: Of what JSON knows.
+
+    Returns:
+        The path.
+    """
+    return write_whole(path, json.dumps({DIGEST: _digest(record), "record": record}, indent=1))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that `write_record` wrote.
+
+    Raises:
+        DamagedFileError: The file is something else than was written.
+        OSError: It cannot be read, or there is none (`FileNotFoundError`).
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+        record: dict[str, Any] = raw["record"]
+        intact = raw[DIGEST] == _digest(record)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise DamagedFileError(f"{path}: is damaged; remove it and run again")
+    return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return digest_of(json.dumps(record, sort_keys=True).encode())
