@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +60,9 @@ def compare(
     recipe_file: RecipeFile,
     vary: Annotated[list[str], typer.Option(metavar="KEY=V,V", help="A field and its values, such as network.preset=a,b.")],
     out: Annotated[Path | None, typer.Option(help="Folder; by default compare/NAME beside the recipe.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs side by side, each on one thread.")] = os.cpu_count() or 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs side by side, each on a GPU or a thread of its own; by default as many.")
+    ] = None,
     suite: Annotated[bool, typer.Option("--suite", help="Also score under every damage of the robustness suite.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
 ) -> None:

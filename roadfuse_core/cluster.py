@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import dask
-from dask.distributed import Client, LocalCluster, Nanny, Status, as_completed
+from dask.distributed import Client, LocalCluster, Nanny, Status, as_completed, get_worker
 from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
 
 from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.settings import ClusterSpec
 
-__all__ = ["ClusterLostError", "Progress", "count_gpus", "count_workers", "open_cluster", "quiet", "run_jobs", "telling_loss"]
+__all__ = [
+    "ClusterLostError",
+    "Progress",
+    "count_gpus",
+    "count_workers",
+    "default_ranks",
+    "gpu_names",
+    "open_cluster",
+    "quiet",
+    "run_jobs",
+    "telling_loss",
+]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -48,20 +61,49 @@ def quiet(what: str, done: int, total: int) -> None:
     """A progress receiver that says nothing."""
 
 
-def count_gpus() -> int:
-    """GPUs that Dask-CUDA would use, found without touching CUDA; 0 without the `cuda` extra or a driver."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return 0
-    try:
-        from dask_cuda.utils import get_n_gpus
-    except ImportError:
-        return 0
-    import pynvml
+def gpu_names() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without touching CUDA.
 
+    On a Dask worker with a GPU of its own that one is the first.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named in ("", "-1"):
+        return []
+    there = _count_driver_gpus()
+    if named is None or not there:
+        return [str(number) for number in range(there)]
+    return [name.strip() for name in named.split(",")]
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    return len(gpu_names())
+
+
+def default_ranks() -> int:
+    """Ranks of a training that names no number: one a GPU; on a Dask worker, whose GPU is one of them, and on a CPU one."""
+    return 1 if _is_worker() else max(1, count_gpus())
+
+
+def _is_worker() -> bool:
     try:
-        return int(get_n_gpus())
-    except pynvml.NVMLError:
+        get_worker()
+    except ValueError:
+        return False
+    return True
+
+
+def _count_driver_gpus() -> int:
+    """GPUs that NVIDIA's management library lists; 0 where there is none."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
         return 0
+    count = ctypes.c_uint(0)
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return 0
+    nvml.nvmlShutdown()
+    return count.value
 
 
 def count_workers(spec: ClusterSpec) -> int:
@@ -76,7 +118,8 @@ def open_cluster(spec: ClusterSpec) -> Iterator[Client]:
     """A Dask client for the city's cluster, closed with it.
 
     `auto` is, in this order: the scheduler that Dask's own configuration names, one process a GPU, one process
-    a core. Nothing listens beyond loopback.
+    a core. Where there are GPUs, each worker has one of its own, and workers of `local` have none. Nothing listens beyond
+    loopback.
 
     Args:
         spec: Kind and number of workers.
@@ -85,7 +128,7 @@ def open_cluster(spec: ClusterSpec) -> Iterator[Client]:
         A connected client.
 
     Raises:
-        ConfigError: `cuda` without a GPU, or a scheduler that does not answer.
+        ConfigError: `cuda` without a GPU, more workers than GPUs, or a scheduler that does not answer.
     """
     # At INFO, Dask tells every connection; what people need comes through the progress.
     logging.getLogger("distributed").setLevel(logging.WARNING)
@@ -98,33 +141,49 @@ def open_cluster(spec: ClusterSpec) -> Iterator[Client]:
         with client:
             yield client
         return
-    gpus = count_gpus() if spec.kind in ("auto", "cuda") else 0
+    gpus = gpu_names() if spec.kind in ("auto", "cuda") else []
     if spec.kind == "cuda" and not gpus:
-        raise ConfigError("cluster.kind", "cuda", "finds no GPU", "install roadfuse[cuda] on a GPU machine, or use auto")
+        raise ConfigError("cluster.kind", "cuda", "finds no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use auto")
+    if gpus and (spec.workers or 0) > len(gpus):
+        raise ConfigError(
+            "cluster.workers", spec.workers, f"exceeds this machine's GPUs, of which there are {len(gpus)}",
+            "leave it out for one worker a GPU, or set cluster.kind: local for workers without GPUs",
+        )  # fmt: skip
     environment = dask.config.get("distributed.nanny.pre-spawn-environ") | ALLOCATOR
     with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}):
-        cluster = _local_cluster(spec, gpus)
+        cluster = _local_cluster(spec, gpus, hidden=bool(gpu_names()) and not gpus)
     with dask.config.set(PATIENCE), cluster, Client(cluster) as client:
         yield client
 
 
-def _local_cluster(spec: ClusterSpec, gpus: int) -> Any:
-    if gpus:
+def _local_cluster(spec: ClusterSpec, gpus: list[str], hidden: bool) -> Any:
+    """Workers with a GPU each, or, where there are none or they are hidden, with a core each."""
+    if gpus and find_spec("dask_cuda"):
         from dask_cuda import LocalCUDACluster
 
-        return LocalCUDACluster(n_workers=spec.workers or gpus, dashboard_address="127.0.0.1:0", worker_class=_PatientNanny)
-    workers = spec.workers or os.cpu_count() or 1
+        workers = spec.workers or len(gpus)
+        return LocalCUDACluster(n_workers=workers, dashboard_address="127.0.0.1:0", worker_class=_PatientNanny)
+    workers = spec.workers or len(gpus) or os.cpu_count() or 1
     return LocalCluster(
         n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
         dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL, worker_class=_PatientNanny,
+        gpus=gpus if gpus or hidden else None,
     )  # fmt: skip
 
 
 class _PatientNanny(Nanny):
-    """Dask's keeper of a worker's process, mended where it could never be closed (distributed 2026.7)."""
+    """Dask's keeper of a worker's process, fixed where it could never be closed (distributed 2026.7).
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        gpus: Those of the machine, of which the worker sees its own as the first, as Dask-CUDA's workers do, and none where the
+            list is empty; None leaves that as it is. Without it, all workers would work on the first one.
+    """
+
+    def __init__(self, *args: Any, gpus: list[str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if gpus is not None:
+            own = int(kwargs.get("name") or 0) % max(1, len(gpus))
+            self.env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[own:] + gpus[:own])
         self._one_start = asyncio.Lock()
 
     async def instantiate(self) -> Status:

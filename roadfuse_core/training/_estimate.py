@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
-from roadfuse_core.cluster import count_gpus
+from roadfuse_core.cluster import default_ranks
 from roadfuse_core.models import build_network
 from roadfuse_core.settings import load_city
 from roadfuse_core.training._ground import NOT_ROAD, ROAD, Cells, arrays_of_layers
@@ -42,7 +42,7 @@ def estimate_seconds(recipe: Recipe, splits: Splits) -> float:
         Seconds.
     """
     epochs = sum(stage.epochs for stage in recipe.stages)
-    ranks = recipe.ranks or max(1, count_gpus())
+    ranks = recipe.ranks or default_ranks()
     windows = max(1, recipe.batch // ranks)
     step_s = _step_seconds(recipe, windows)
     # A window of the validation goes forward alone, about a third of a step's operations.
