@@ -24,6 +24,7 @@ from torch import Tensor
 from roadfuse_core.cubes import Chunks
 from roadfuse_core.errors import DataError, StoreError
 from roadfuse_core.grid import Block, Grid, Lattice
+from roadfuse_core.inference._coverage import pixels_of
 from roadfuse_core.inference._evidence import Evidence, reach_px, read_region
 from roadfuse_core.inference._predictor import Predictor, PredictorRef, predictor_of
 from roadfuse_core.mosaic import NODATA, Accumulator
@@ -299,7 +300,7 @@ class AssembleJob:
         lattice: Its windows.
         block: Which pixels.
         sources: Blocks whose windows reach it.
-        cells: (h, w) bool of the block: which may change; all others keep their value.
+        cells: (rows, cols) bool, the cells that share a pixel with the block: which may change; all others keep their value.
         planes: "probability" and gates.
         threshold: Probability, 0 … 254, from which a pixel is road.
     """
@@ -326,9 +327,7 @@ def assemble_block(job: AssembleJob) -> tuple[Any, NDArray[np.int64]]:
         left = [open_files.enter_context(safe_open(source.file, "np")) for source in job.sources]
         made = Accumulator(block, len(job.planes)).values(left)  # (planes, h, w)
     chunks = Chunks(job.session.store, zarr.open_group(job.session.store))
-    fresh = np.repeat(np.repeat(job.cells, job.lattice.stride_px, 0), job.lattice.stride_px, 1)[
-        : made.shape[1], : made.shape[2]
-    ]
+    fresh = pixels_of(job.cells, job.lattice, block)
     road = np.where(made[0] == NODATA, NODATA, made[0] >= job.threshold).astype(np.uint8)
     layers = dict(zip((*job.planes, "road"), (*made, road), strict=True))
     tiles = [(place, at) for place, at in _tiles(job.grid, block) if fresh[at].any()]

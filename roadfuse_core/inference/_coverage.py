@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from roadfuse_core.grid import Block, Grid, Lattice
 
-__all__ = ["Coverage", "cells_of", "whole", "windows_meeting", "windows_over"]
+__all__ = ["Coverage", "cells_of", "cells_within", "pixels_of", "whole", "windows_meeting", "windows_over"]
 
 Mask = NDArray[np.bool_]
 
@@ -68,6 +68,19 @@ def cells_of(windows: Mask, lattice: Lattice) -> Mask:
         for j in range(k):
             out |= windows[i : i + rows, j : j + cols]
     return out
+
+
+def cells_within(cells: Mask, lattice: Lattice, block: Block) -> Mask:
+    """The cells that share a pixel with a block; the first and the last may reach past it."""
+    s = lattice.stride_px
+    return cells[block.row0 // s : -(-block.row1 // s), block.col0 // s : -(-block.col1 // s)]
+
+
+def pixels_of(cells: Mask, lattice: Lattice, block: Block) -> Mask:
+    """(h, w) bool: the pixels of a block that lie in marked cells, of `cells_within` it."""
+    s = lattice.stride_px
+    rows, cols = (np.arange(low, high) // s - low // s for low, high in ((block.row0, block.row1), (block.col0, block.col1)))
+    return cells[np.ix_(rows, cols)]
 
 
 def windows_over(cells: Mask, lattice: Lattice) -> Mask:

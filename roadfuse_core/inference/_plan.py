@@ -19,7 +19,7 @@ from roadfuse_core.grid import Block, Bounds, Grid, Lattice, TileIndex, blocks_o
 from roadfuse_core.imagery import ImageFile
 from roadfuse_core.inference._blocks import BlockJob, region_of
 from roadfuse_core.inference._calibrate import Calibration, calibrate
-from roadfuse_core.inference._coverage import Coverage, cells_of, whole, windows_meeting, windows_over
+from roadfuse_core.inference._coverage import Coverage, cells_of, cells_within, whole, windows_meeting, windows_over
 from roadfuse_core.inference._evidence import Evidence, files_of, reach_px, read_evidence, read_region, readers_of
 from roadfuse_core.inference._map import MapRecord, standing_record
 from roadfuse_core.inference._predictor import (
@@ -109,9 +109,8 @@ class RefreshPlan:
         return self.coverage.windows[r : r + len(rows), c : c + len(cols)].reshape(-1)
 
     def cells(self, block: Block) -> NDArray[np.bool_]:
-        """Which cells of a block may change."""
-        s = self.lattice.stride_px
-        return self.coverage.cells[block.row0 // s : -(-block.row1 // s), block.col0 // s : -(-block.col1 // s)]
+        """Which cells of those that share a pixel with a block may change."""
+        return cells_within(self.coverage.cells, self.lattice, block)
 
 
 def plan_refresh(city: City, weights: str | None = None, group: str = "map", full: bool = False) -> RefreshPlan:
@@ -173,7 +172,7 @@ def _require_fit(city: City, predictor: PredictorFacts, evidence: Evidence) -> N
 def _possible(evidence: Evidence, lattice: Lattice, images: list[tuple[ImageFile, Bounds]]) -> NDArray[np.bool_]:
     """Windows that touch an image's box or a tile with points."""
     grid = evidence.grid
-    boxes = [_pixels(grid, box) for _, box in images]
+    boxes = [_pixels(grid, box, 0) for _, box in images]
     cube = readers_of(evidence).cube
     if cube:
         boxes += [_tile(grid, t) for t in cube.occupied()]
@@ -185,12 +184,13 @@ def _tile(grid: Grid, tile: TileIndex, halo: int = 0) -> Block:
     return Block(tile.row * px - halo, tile.col * px - halo, (tile.row + 1) * px + halo, (tile.col + 1) * px + halo)
 
 
-def _pixels(grid: Grid, box: Bounds) -> Block:
-    """A box as whole pixels, a pixel wider for the interpolation at its rim, cut to the grid."""
+def _pixels(grid: Grid, box: Bounds, beyond_px: int) -> Block:
+    """A box as whole pixels, a pixel wider for the interpolation at its rim, cut to the grid and some pixels beyond it."""
     b, res, (height, width) = grid.bounds, grid.resolution_m, grid.shape
     row0, row1 = int((b.top - box.top) // res) - 1, -int((box.bottom - b.top) // res) + 1
     col0, col1 = int((box.left - b.left) // res) - 1, -int((b.left - box.right) // res) + 1
-    return Block(max(row0, 0), max(col0, 0), min(row1, height), min(col1, width))
+    low, height, width = -beyond_px, height + beyond_px, width + beyond_px
+    return Block(max(row0, low), max(col0, low), min(row1, height), min(col1, width))
 
 
 def _identity(
@@ -232,7 +232,11 @@ def _changes(
     for kind in ("images", "lidar"):
         was, now = ([json.dumps(file) for file in facts.get(kind, [])] for facts in (before, identity))
         both = set(was) & set(now)
-        boxes += [_pixels(evidence.grid, Bounds(*json.loads(file)[3])) for file in [*was, *now] if file not in both]
+        # Windows at the rim see what lies beyond it.
+        boxes += [
+            _pixels(evidence.grid, Bounds(*json.loads(file)[3]), lattice.overhang_px)
+            for file in [*was, *now] if file not in both
+        ]  # fmt: skip
         if [file for file in was if file in both] != [file for file in now if file in both]:
             return None, f"changed: the order of the {kind}"
     if before["snapshot"] != identity["snapshot"]:
