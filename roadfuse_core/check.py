@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from roadfuse_core.cubes import FIXED_POINT
+from roadfuse_core.cubes import FIXED_POINT, find_new, ledger
 from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.imagery import ImageryReader, RasterKey, find_imagery
@@ -21,7 +21,6 @@ from roadfuse_core.points import (
     arrays_of,
     check_columns,
     empty_files,
-    find_sources,
     judge_rows,
     materialise,
     read_rows,
@@ -30,7 +29,7 @@ from roadfuse_core.points import (
 )
 from roadfuse_core.settings import City, ImagerySpec, InvalidCityError, MapSpec
 
-__all__ = ["check_city"]
+__all__ = ["check_city", "check_refresh"]
 
 SAMPLE_ROWS = 50_000
 
@@ -47,9 +46,28 @@ def check_city(city: City) -> list[str]:
     Raises:
         InvalidCityError: One line for each thing that is wrong, with key, value and fix.
     """
+    return _collect(city, (_check_grid, _check_points, _check_imagery, _check_maps, _check_model))
+
+
+def check_refresh(city: City) -> list[str]:
+    """Validate a city before a refresh: as `check_city`, but points that the ingest will look at are left to it.
+
+    Args:
+        city: A loaded city file.
+
+    Returns:
+        One line for each thing found, in words for people.
+
+    Raises:
+        InvalidCityError: One line for each thing that is wrong, with key, value and fix.
+    """
+    return _collect(city, (_check_grid, _check_first_points, _check_imagery, _check_maps, _check_model))
+
+
+def _collect(city: City, parts: Sequence[Callable[[City], list[str]]]) -> list[str]:
     found: list[str] = []
     wrong: list[str] = []
-    for part in (_check_grid, _check_points, _check_imagery, _check_maps, _check_model):
+    for part in parts:
         try:
             found += part(city)
         except RoadFuseError as error:
@@ -68,19 +86,30 @@ def _check_grid(city: City) -> list[str]:
             f"points are placed within {bound:.4f} px of PROJ"]  # fmt: skip
 
 
+def _check_first_points(city: City) -> list[str]:
+    """The sources of a city without dumps; otherwise the ingest checks what is new, and many objects are listed once."""
+    dumps = len(ledger(city)) if city.points else 0
+    return [f"points: {dumps} dumps in the ledger; the ingest checks what is new"] if dumps else _check_points(city)
+
+
 def _check_points(city: City) -> list[str]:
     if city.points is None:
         return ["points: none; the map comes from imagery alone"]
-    grid, files = city.make_grid(), find_sources(city)
+    grid = city.make_grid()
     fit_projection(grid, city.points.crs)
+    known, files = find_new(city)
     rows = sum(n or 0 for n in check_columns(city, files))
     empty = empty_files(city, files)
-    if len(empty) == len(files):
+    if not known and len(empty) == len(files):
         raise ConfigError("points.sources", list(city.points.sources), "hold no rows", "point at files with data")
-    found = [f"points: {len(files)} files" + (f", {rows:,} rows in Parquet" if rows else "")]
+    said = [f"points: {len(known) + len(files)} files", f"{len(known)} of them in the ledger" if known else ""]
+    said.append(f"{rows:,} rows in {'new ' if known else ''}Parquet" if rows else "")
+    found = [", ".join(text for text in said if text)]
     found += [f"points: {f.label} is empty" for f in empty[:5]]
     if (step := single_precision_step(city, files)) > 0.5:
         found.append(f"points: positions are stored in 32 bits and step by {step:.1f} px here; store them in 64 bits")
+    if known:  # the settings fitted those, and a new file may lie elsewhere
+        return found
     return found + _check_sample(city, grid, next(f for f in files if f not in empty))
 
 

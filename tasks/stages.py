@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dask.distributed import Client
 from prefect import get_run_logger, task
 
-from roadfuse_core.check import check_city
+from roadfuse_core.check import check_refresh
 from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import files_between, ingest, ledger, plan_ingest
 from roadfuse_core.errors import RoadFuseError
@@ -64,8 +64,8 @@ def simulate(out: Path, knobs: CityKnobs, workers: int) -> Path:
 
 @task(name="check")
 def check(city_file: Path) -> list[str]:
-    """Validate the city file against the data."""
-    found = check_city(load_city(city_file))
+    """Validate the city file against the data, but for what the ingest will check."""
+    found = check_refresh(load_city(city_file))
     for line in found:
         get_run_logger().info(line)
     return found

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import tempfile
 import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,7 @@ __all__ = [
     "cubes_path",
     "cut_parts",
     "files_between",
+    "find_new",
     "forecast",
     "ledger",
     "plan_ingest",
@@ -90,7 +92,7 @@ class IngestPlan:
     @property
     def sources(self) -> list[SourceFile]:
         """The new files."""
-        return [SourceFile(f["path"], f["member"]) for f in self.files]
+        return [SourceFile(f["path"], f["member"], f["size"], f["version"]) for f in self.files]
 
 
 def cubes_path(city: City) -> Path:
@@ -110,7 +112,7 @@ def ledger(city: City) -> dict[str, LedgerEntry]:
 
 
 def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | None = None) -> IngestPlan:
-    """What is new among the city's files; reads headers and hashes, writes nothing.
+    """What is new among the city's files; opens those that the ledger does not hold, and writes nothing.
 
     Args:
         city: The city.
@@ -124,18 +126,17 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     every = ledger(city)
     if replace is not None and replace not in every:
         raise ConfigError("--replace", replace, "is not in the ledger", f"it holds {', '.join(every) or 'nothing'}")
-    files = find_sources(city, patterns)
+    entries = [e for name, e in every.items() if name != replace]
+    held = {f["hash"] for e in entries for f in e["files"]}
+    by_label = {f["label"] for e in entries for f in e["files"]}
+    versions = _hashes(every.values())
+    known_files, files = _split(find_sources(city, patterns), versions, held)
+    known = [f.label for f in known_files]
     if needs_vehicles(points_of(city)) and len({f.is_parquet for f in files}) > 1:
         raise ConfigError("points.sources", patterns or list(points_of(city).sources), "mix Parquet and text",
                           "ingest them apart, so that each vehicle is seen whole")  # fmt: skip
     counted = check_columns(city, files)
-    entries = {name: e for name, e in every.items() if name != replace}
-    files_held = [f for e in every.values() for f in e["files"]]
-    versions = {(f["label"], f["version"]): f["hash"] for f in files_held}
-    held = {f["hash"] for e in entries.values() for f in e["files"]}
-    by_label = {f["label"] for e in entries.values() for f in e["files"]}
     new: list[dict[str, Any]] = []
-    known: list[str] = []
     for f, rows in zip(identify(files, versions), counted, strict=True):
         if f["hash"] in held:
             known.append(str(f["label"]))
@@ -151,6 +152,33 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     new.sort(key=lambda f: (f["hash"], f["label"]))
     dump = hashlib.blake2b("".join(f["hash"] for f in new).encode(), digest_size=6).hexdigest()
     return IngestPlan(dump, new, known, rows, max(1, -(-rows // per_slice)), per_slice)
+
+
+def find_new(city: City) -> tuple[list[SourceFile], list[SourceFile]]:
+    """The files behind the city's sources that the ledger holds in this very version, and all others.
+
+    Only others are worth opening: a look at many known objects costs their listing alone.
+
+    Raises:
+        ConfigError: A source matches nothing, or a file is of an unknown kind.
+        DataError: An object store does not answer.
+    """
+    versions = _hashes(ledger(city).values())
+    return _split(find_sources(city), versions, set(versions.values()))
+
+
+def _hashes(entries: Iterable[LedgerEntry]) -> dict[tuple[str, str], str]:
+    """Content hashes by label and version."""
+    return {(f["label"], f["version"]): f["hash"] for e in entries for f in e["files"]}
+
+
+def _split(
+    found: Sequence[SourceFile], versions: Mapping[tuple[str, str], str], held: Collection[str]
+) -> tuple[list[SourceFile], list[SourceFile]]:
+    """Files whose content is known to be in the cube by their version, and all others."""
+    known = [f for f in found if versions.get((f.label, f.version)) in held]
+    others = [f for f in found if versions.get((f.label, f.version)) not in held]
+    return known, others
 
 
 def worker_memory(city: City) -> int:

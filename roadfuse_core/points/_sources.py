@@ -6,19 +6,22 @@ import fnmatch
 import glob
 import gzip
 import os
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from blake3 import blake3
+from fsspec.utils import glob_translate
 from pyproj import CRS
 
 from roadfuse_core.errors import ConfigError, DataError
@@ -31,6 +34,13 @@ PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".txt", ".tsv", ".gz")
 METRES_PER_DEGREE = 111_195.0
 LITTER = ("__MACOSX/*", "*/.*", ".*")
+# Files that are opened at the same time: an object store answers after tens of milliseconds, whatever it is asked.
+OPEN_AT_ONCE = 16
+# Stores that list all objects below a prefix at once, a thousand a request, however deep their names are.
+FLAT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+MAGIC = re.compile(r"[*?[]")
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,14 @@ class SourceFile:
     Attributes:
         path: Absolute path of the file or archive, or its URL in an object store.
         member: Name inside the archive; empty for plain files.
+        size: Bytes when it was found; of a member, unpacked.
+        version: Of the file or archive when it was found: its time of change in nanoseconds with its size, or an ETag.
     """
 
     path: str
     member: str = ""
+    size: int = field(default=0, compare=False)
+    version: str = field(default="", compare=False)
 
     @property
     def label(self) -> str:
@@ -71,8 +85,8 @@ def find_sources(city: City, patterns: list[str] | None = None) -> list[SourceFi
     found: set[SourceFile] = set()
     for text in patterns or _points(city).sources:
         outer, _, inner = text.partition("::")
-        paths = _remote_paths(outer) if "://" in outer else _local_paths(str(city.path(outer)))
-        files = [f for path in paths for f in _expand(path, inner)]
+        listed = _remote_files(outer) if "://" in outer else _local_files(str(city.path(outer)))
+        files = _expand(listed, inner)
         if not files:
             raise ConfigError("points.sources", text, "matches no file", "correct the path or the pattern")
         found.update(files)
@@ -82,13 +96,19 @@ def find_sources(city: City, patterns: list[str] | None = None) -> list[SourceFi
     return sorted(found, key=lambda f: f.label)
 
 
-def _local_paths(where: str) -> list[str]:
+def _local_files(where: str) -> list[SourceFile]:
     """Files of a glob, or all data files below a folder, hive-partitioned or not; of equal files one name."""
     if Path(where).is_dir():
         found = [p for p in _walk(where) if not Path(p).name.startswith((".", "_"))]
     else:
         found = [p for p in glob.glob(where, recursive=True) if Path(p).is_file()]
-    return list({os.path.realpath(p): p for p in sorted(found, reverse=True)}.values())
+    names = {os.path.realpath(p): p for p in sorted(found, reverse=True)}.values()
+    return [_local_file(name) for name in names]
+
+
+def _local_file(path: str) -> SourceFile:
+    stat = os.stat(path)
+    return SourceFile(path, size=stat.st_size, version=f"{stat.st_mtime_ns}-{stat.st_size}")
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -100,13 +120,36 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (f"{here}/{n}" for n in names if Path(here, n).is_file())
 
 
-def _remote_paths(url: str) -> list[str]:
+def _remote_files(url: str) -> list[SourceFile]:
+    """Objects behind a URL, with what the listing says of them: no object is asked for by itself."""
     scheme = url.split("://")[0]
     with _reaching(url):
         store, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        found = store.glob(path) if any(c in path for c in "*?[") else store.find(path)
-        kept = [p for p in found if not p.rsplit("/", 1)[-1].startswith((".", "_")) and store.isfile(p)]
-    return [f"{scheme}://{p}" for p in kept]
+        return [
+            SourceFile(f"{scheme}://{name}", size=int(facts["size"]), version=_version(store, name, facts))
+            for name, facts in _list(store, scheme, path).items()
+            if facts["type"] == "file" and not name.rsplit("/", 1)[-1].startswith((".", "_")) and not name.endswith("/")
+        ]
+
+
+def _list(store: Any, scheme: str, path: str) -> dict[str, dict[str, Any]]:
+    """Facts by name of the objects behind a path or a glob, in as few listings as the store can do."""
+    magic = MAGIC.search(path)
+    if magic is None:
+        return dict(store.find(path, detail=True))
+    root, _, stem = path[: magic.start()].rpartition("/")
+    deep = "/" in path[magic.start() :] or "**" in path
+    if scheme not in FLAT_STORES or not root or (stem and not deep):
+        return dict(store.glob(path, detail=True))
+    # fsspec's glob would list every folder by itself.
+    facts = store.find(root, prefix=stem, detail=True).values() if deep else store.ls(root, detail=True)
+    wanted = re.compile(glob_translate(path))
+    return {f["name"]: f for f in facts if wanted.match(f["name"])}
+
+
+def _version(store: Any, name: str, facts: dict[str, Any]) -> str:
+    """An object's ETag, or what else its store has to tell one content from another."""
+    return str(facts.get("ETag") or facts.get("etag") or store.ukey(name)).strip('"')
 
 
 @contextmanager
@@ -131,16 +174,37 @@ def _points(city: City) -> PointsSpec:
     return city.points
 
 
-def _expand(path: str, inner: str) -> list[SourceFile]:
-    if not path.lower().endswith(".zip"):
-        return [SourceFile(path)]
+def _expand(files: list[SourceFile], inner: str) -> list[SourceFile]:
+    """The files, with archives replaced by those of their members that a pattern picks."""
+    archives = [f for f in files if f.path.lower().endswith(".zip")]
+    plain = [f for f in files if not f.path.lower().endswith(".zip")]
+    members = _by_path(archives, lambda opener, file: _members(opener, file, inner or "*"))
+    return plain + [member for group in members for member in group]
+
+
+def _members(opener: _Opener, file: SourceFile, pattern: str) -> list[SourceFile]:
     try:
-        with _Opener() as opener:
-            names = [n for n in opener.archive(path).namelist() if not n.endswith("/")]
+        members = [m for m in opener.archive(file.path).infolist() if not m.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"points.sources: {path} is not a readable zip ({error}); copy it again") from error
-    names = [n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in LITTER)]
-    return [SourceFile(path, n) for n in names if fnmatch.fnmatch(n, inner or "*")]
+        raise DataError(f"points.sources: {file.path} is not a readable zip ({error}); copy it again") from error
+    picked = [m for m in members if fnmatch.fnmatch(m.filename, pattern)]
+    picked = [m for m in picked if not any(fnmatch.fnmatch(m.filename, litter) for litter in LITTER)]
+    return [SourceFile(file.path, m.filename, m.file_size, file.version) for m in picked]
+
+
+def _by_path(files: Sequence[SourceFile], look: Callable[[_Opener, SourceFile], Found]) -> list[Found]:
+    """What is found in each file, in the files' order; files are opened side by side, members of an archive one by one."""
+    places_of: dict[str, list[int]] = {}
+    for place, file in enumerate(files):
+        places_of.setdefault(file.path, []).append(place)
+
+    def look_at(places: list[int]) -> list[tuple[int, Found]]:
+        with _Opener() as opener:
+            return [(place, look(opener, files[place])) for place in places]
+
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        found = dict(pair for pairs in pool.map(look_at, places_of.values()) for pair in pairs)
+    return [found[place] for place in range(len(files))]
 
 
 class _Opener:
@@ -171,41 +235,32 @@ class _Opener:
         if "://" not in path:
             return open(path, "rb")
         with _reaching(path):
-            opened: IO[bytes] = fsspec.open(path, "rb").open()
+            store, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
+            opened: IO[bytes] = store.open(name, "rb")
         return opened
 
 
-def identify(files: list[SourceFile], known: Mapping[tuple[str, str], str] | None = None) -> list[dict[str, Any]]:
+def identify(files: Sequence[SourceFile], known: Mapping[tuple[str, str], str] | None = None) -> list[dict[str, Any]]:
     """Each file's label, version, size in bytes and content hash.
 
     Args:
-        files: The files.
+        files: The files, as `find_sources` found them.
         known: Hashes by label and version, from earlier; what is in it is not read again.
 
     Returns:
-        One record a file; `version` is the time of its last change in nanoseconds with its size, or an object's ETag;
-        `hash` is BLAKE3, 16 bytes, hexadecimal.
+        One record a file; `hash` is BLAKE3, 16 bytes, hexadecimal.
 
     Raises:
         DataError: An object store does not answer.
     """
-    with _Opener() as opener:
-        return [_identity(opener, f, known or {}) for f in files]
+    hashes = known or {}
 
+    def one(opener: _Opener, file: SourceFile) -> dict[str, Any]:
+        digest = hashes.get((file.label, file.version)) or _hash(opener, file)
+        return {"path": file.path, "member": file.member, "label": file.label, "version": file.version, "size": file.size,
+                "hash": digest}  # fmt: skip
 
-def _identity(opener: _Opener, file: SourceFile, known: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    if "://" in file.path:
-        with _reaching(file.path):
-            store, path = fsspec.core.url_to_fs(file.path, use_listings_cache=False)
-            facts = store.info(path)
-            size, version = int(facts["size"]), str(facts.get("ETag") or store.ukey(path)).strip('"')
-    else:
-        stat = os.stat(file.path)
-        size, version = stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}"
-    if file.member:
-        size = opener.archive(file.path).getinfo(file.member).file_size
-    digest = known.get((file.label, version)) or _hash(opener, file)
-    return asdict(file) | {"label": file.label, "version": version, "size": size, "hash": digest}
+    return _by_path(files, one)
 
 
 def _hash(opener: _Opener, file: SourceFile) -> str:
@@ -241,8 +296,8 @@ def materialise(files: list[SourceFile], scratch: Path) -> list[str]:
 def empty_files(city: City, files: list[SourceFile]) -> list[SourceFile]:
     """Files that hold no rows: none in Parquet, nothing behind the header, if there is one, in text."""
     header = _points(city).csv.header
-    with _Opener() as opener:
-        return [f for f in files if _is_empty(opener, f, header)]
+    empty = _by_path(files, lambda opener, file: _is_empty(opener, file, header))
+    return [file for file, is_empty in zip(files, empty, strict=True) if is_empty]
 
 
 def _is_empty(opener: _Opener, file: SourceFile, header: bool) -> bool:
@@ -262,11 +317,14 @@ def check_columns(city: City, files: list[SourceFile]) -> list[int | None]:
         ConfigError: A named column is absent or cannot hold what it should.
         DataError: A file is truncated or is not what its ending says.
     """
-    with _Opener() as opener:
-        for file in files:
-            if not file.is_parquet:
-                _check_text(city, file, opener)
-        return [_check_parquet(city, f, opener) if f.is_parquet else None for f in files]
+
+    def rows(opener: _Opener, file: SourceFile) -> int | None:
+        if file.is_parquet:
+            return _check_parquet(city, file, opener)
+        _check_text(city, file, opener)
+        return None
+
+    return _by_path(files, rows)
 
 
 def _wanted(city: City) -> dict[str, str]:
@@ -301,13 +359,13 @@ def single_precision_step(city: City, files: list[SourceFile]) -> float:
     box = fit_projection(grid, spec.crs).box
     metres = METRES_PER_DEGREE if CRS.from_user_input(spec.crs).is_geographic else 1.0
     step = float(np.spacing(np.float32(max(abs(v) for v in box)))) * metres / grid.resolution_m
-    with _Opener() as opener:
-        for file in (f for f in files if f.is_parquet):
-            with opener.open(file) as stream:
-                schema = pq.read_schema(stream)
-            if any(pa.types.is_float32(schema.field(name).type) for name in (spec.columns.lon, spec.columns.lat)):
-                return step
-    return 0.0
+
+    def in_single_precision(opener: _Opener, file: SourceFile) -> bool:
+        with opener.open(file) as stream:
+            schema = pq.read_schema(stream)
+        return any(pa.types.is_float32(schema.field(name).type) for name in (spec.columns.lon, spec.columns.lat))
+
+    return step if any(_by_path([f for f in files if f.is_parquet], in_single_precision)) else 0.0
 
 
 def _check_text(city: City, file: SourceFile, opener: _Opener) -> None:
