@@ -8,9 +8,8 @@ from typing import Annotated, Any
 from prefect import flow
 from pydantic import Field
 
-from flows.refresh import DAY_S, CityFile, refresh, run_name
+from flows.refresh import DAY_S, CityFile, city_of_run, refresh, run_name
 from roadfuse_core.cluster import open_cluster
-from roadfuse_core.settings import load_city
 from tasks import stages
 
 __all__ = ["backfill"]
@@ -38,8 +37,9 @@ def backfill(
     Returns:
         The plan of a dry run, or the ledger entry and what `refresh` returned.
     """
+    city = city_of_run(city_file)
     if dry_run:
         return stages.plan_backfill(city_file, since, until, replace)
-    with open_cluster(load_city(city_file).cluster) as client:
+    with open_cluster(city.cluster) as client:
         entry = stages.backfill_dumps(city_file, client.scheduler_info(n_workers=0)["address"], since, until, replace)
     return {"entry": entry, "refresh": refresh(city_file) if then_refresh else None}

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from flows import operation_commands, training_commands
 from flows.console import CityFile, console, prepare_prefect
-from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
+from roadfuse_core.errors import ConfigError, NothingPublishedError, RoadFuseError, StoreError
 from roadfuse_core.settings import City, load_city, parse_assignments
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def status(city_file: CityFile, as_json: AsJson = False) -> None:
     dumps = list(ledger(city).values())
     try:
         record: dict[str, Any] | None = MapReader(city).record
-    except StoreError:
+    except NothingPublishedError:
         record = None
     if as_json:
         _print_json({"dumps": dumps, "snapshots": [asdict(s) for s in snapshots(city)], "map": record})

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.refresh import DAY_S, CityFile, run_name
+from flows.refresh import DAY_S, CityFile, city_of_run, run_name
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.metrics import CityScores
-from roadfuse_core.settings import load_city
 from tasks import stages
 
 __all__ = ["evaluate"]
@@ -23,5 +22,5 @@ def evaluate(city_file: CityFile) -> CityScores:
     Returns:
         Scores by subset.
     """
-    with open_cluster(load_city(city_file).cluster) as client:
+    with open_cluster(city_of_run(city_file).cluster) as client:
         return stages.score(city_file, client.scheduler_info(n_workers=0)["address"])

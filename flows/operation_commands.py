@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from flows.console import CityFile, console, prepare_prefect
-from roadfuse_core.errors import ConfigError, StoreError
+from roadfuse_core.errors import ConfigError, NothingPublishedError
 from roadfuse_core.settings import load_city
+from roadfuse_core.workspace import require_workspace
 
 __all__ = ["app"]
 
@@ -54,6 +55,7 @@ def serve(
     city = load_city(city_file)
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL", None, "is not set", "start `prefect server start` and name its address")
+    require_workspace(city.workspace_path)
     prepare_prefect()
     from flows.server import serve_city
 
@@ -73,7 +75,7 @@ def expire(
     city = load_city(city_file)
     try:
         keep = MapReader(city).record.get("cubes_snapshot")
-    except StoreError:
+    except NothingPublishedError:
         keep = None
     done = expire_snapshots(city, datetime.now(UTC) - timedelta(days=days), dry_run, keep)
     told = f"{done.snapshots} snapshots, {done.bytes / 1e6:,.1f} MB that nothing refers to, {done.leftovers} leftovers"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from pydantic import Field
 
@@ -19,9 +19,10 @@ from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.metrics import CityScores
 from roadfuse_core.report import Stage
 from roadfuse_core.settings import City, load_city
+from roadfuse_core.workspace import require_workspace
 from tasks import artifacts, stages
 
-__all__ = ["CityFile", "refresh", "run_name"]
+__all__ = ["CityFile", "city_of_run", "refresh", "run_name"]
 
 DAY_S = 24 * 3600
 CityFile = Annotated[Path, Field(title="City file", description="Path of city.yaml, as the worker sees it.")]
@@ -51,6 +52,18 @@ def run_name() -> str:
     return f"{name} {flow_run.flow_name} {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 
+def city_of_run(city_file: Path) -> City:
+    """The city of a flow run; one that a deployment started wants a workspace that exists.
+
+    Raises:
+        ConfigError: The run is scheduled or served, and the workspace is missing or was never used.
+    """
+    city = load_city(city_file)
+    if deployment.id:
+        require_workspace(city.workspace_path)
+    return city
+
+
 @flow(name="refresh", flow_run_name=run_name, timeout_seconds=DAY_S)
 def refresh(
     city_file: CityFile,
@@ -72,7 +85,7 @@ def refresh(
     Returns:
         Scores by map, the files made, the map's record, and why it is held back, if it is.
     """
-    city, watch = load_city(city_file), Stopwatch()
+    city, watch = city_of_run(city_file), Stopwatch()
     with watch.stage("check"):
         stages.check(city_file)
     with watch.stage("start workers"), open_cluster(city.cluster) as client:

@@ -7,9 +7,8 @@ from typing import Any
 
 from prefect import flow
 
-from flows.refresh import DAY_S, CityFile, refresh, run_name
+from flows.refresh import DAY_S, CityFile, city_of_run, refresh, run_name
 from roadfuse_core.cubes import plan_ingest
-from roadfuse_core.settings import load_city
 
 __all__ = ["watch"]
 
@@ -24,4 +23,4 @@ def watch(city_file: CityFile) -> dict[str, Any] | None:
     Returns:
         What `refresh` returned, or None.
     """
-    return refresh(city_file) if plan_ingest(load_city(Path(city_file))).files else None
+    return refresh(city_file) if plan_ingest(city_of_run(Path(city_file))).files else None

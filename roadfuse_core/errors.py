@@ -4,9 +4,10 @@ RoadFuseError
 ├── ConfigError       a setting is wrong or does not fit the data   (also ValueError; exit 2)
 ├── DataError         a file cannot be read as what it claims to be (also ValueError; exit 3)
 └── StoreError        a repository refuses or is in another state   (also RuntimeError; exit 4)
+    └── NothingPublishedError   certainly nothing was ever published there
 """
 
-__all__ = ["ConfigError", "DataError", "RoadFuseError", "StoreError"]
+__all__ = ["ConfigError", "DataError", "NothingPublishedError", "RoadFuseError", "StoreError"]
 
 
 class RoadFuseError(Exception):
@@ -46,3 +47,7 @@ class StoreError(RoadFuseError, RuntimeError):
     """A repository is locked, moved on, or holds something else than asked for."""
 
     exit_code = 4
+
+
+class NothingPublishedError(StoreError):
+    """Nothing was ever published; never raised because something could not be read."""

@@ -18,7 +18,7 @@ from prefect.artifacts import (
 )
 
 from roadfuse_core.cubes import ledger
-from roadfuse_core.errors import StoreError
+from roadfuse_core.errors import NothingPublishedError
 from roadfuse_core.metrics import CityScores, read_history
 from roadfuse_core.report import Stage, map_preview
 from roadfuse_core.settings import City, load_city
@@ -88,7 +88,7 @@ def page(
             "",
             f"Probability of {city.target}: black 0, white 1; blue is unknown.",
         ]
-    except StoreError:
+    except NothingPublishedError:
         out += ["", "There is no map yet."]
     out += ["", *_scores(city, scored), "", *_points(city), "", *_windows(record), "", *_time(city, stages, workers)]
     if dashboard:

@@ -14,6 +14,7 @@ from roadfuse_core.cubes._plan import (
     forecast,
     ledger,
     plan_ingest,
+    require_same_cube,
     snapshots,
     worker_memory,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "publish",
     "read_group",
     "render",
+    "require_same_cube",
     "snapshots",
     "storing",
     "worker_memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,8 +15,12 @@ from roadfuse_core.cubes._plan import cubes_path
 from roadfuse_core.cubes._repository import MAIN, committer_lock, open_repository
 from roadfuse_core.errors import StoreError
 from roadfuse_core.settings import City
+from roadfuse_core.workspace import holds_anything
 
 __all__ = ["Expiry", "expire"]
+
+# Folders that a refresh writes: a map and the digest of what decides it.
+SCRATCH = re.compile(r"[a-z][a-z0-9_-]*-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,23 @@ def expire(city: City, older_than: datetime, dry_run: bool = False, keep: str | 
         keep: A snapshot of the cube that must stay, with all that came after it: what the published map was made of.
 
     Raises:
-        StoreError: Another process is writing: removing what it has not yet published would destroy it.
+        StoreError: Another process is writing: removing what it has not yet published would destroy it; or the ledger
+            cannot be read.
     """
     before = older_than.replace(tzinfo=older_than.tzinfo or UTC)
     with committer_lock(city.workspace_path):
+        leftovers = _leftovers(city, before)  # by the ledger, before anything is removed
         cubes_before = min([before, *_made(city, keep)])
         done = [_expire_one(p, cubes_before if p == cubes_path(city) else before, dry_run) for p in _repositories(city)]
-        scratch = [p for p in (city.workspace_path / "scratch").glob("*") if p.stat().st_mtime < before.timestamp()]
-        leftovers = leftover_shards(city) + scratch + [p for path in _repositories(city) for p in path.rglob("*#[0-9]*")]
         if not dry_run:
             remove_shards(leftovers)
     return Expiry(sum(d[0] for d in done), sum(d[1] for d in done), len(leftovers))
+
+
+def _leftovers(city: City, before: datetime) -> list[Path]:
+    scratch = [p for p in (city.workspace_path / "scratch").glob("*") if SCRATCH.fullmatch(p.name)]
+    forgotten = [p for p in scratch if p.stat().st_mtime < before.timestamp()]
+    return leftover_shards(city) + forgotten + [p for path in _repositories(city) for p in path.rglob("*#[0-9]*")]
 
 
 def _made(city: City, snapshot: str | None) -> list[datetime]:
@@ -63,7 +74,7 @@ def _made(city: City, snapshot: str | None) -> list[datetime]:
 
 
 def _repositories(city: City) -> Iterator[Path]:
-    yield from (p for p in (cubes_path(city), city.workspace_path / "maps") if p.is_dir())
+    yield from (p for p in (cubes_path(city), city.workspace_path / "maps") if holds_anything(p))
 
 
 def _expire_one(path: Path, before: datetime, dry_run: bool) -> tuple[int, int]:

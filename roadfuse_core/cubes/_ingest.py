@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections import Counter
@@ -24,10 +25,9 @@ from roadfuse_core.cubes._repository import (
     MAIN,
     committer_lock,
     create_arrays,
-    grid_attributes,
+    is_untouched,
     open_repository,
     publish,
-    read_group,
     storing,
 )
 from roadfuse_core.errors import ConfigError, DataError, StoreError
@@ -46,10 +46,15 @@ from roadfuse_core.points import (
     shuffle_slice,
 )
 from roadfuse_core.settings import City, PointsSpec
+from roadfuse_core.workspace import enter_workspace
 
 __all__ = ["changed_tiles", "ingest", "leftover_shards", "remove_shards"]
 
 STAGING = "ingest"
+# What an ingest writes: a folder a dump, and files in it. Whatever else lies there is somebody else's.
+DUMP_FOLDER = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}")
+KEPT_FILE = re.compile(r"shard-\d{5}\.(json|\d+\.samples)")
+PASSING_FILE = re.compile(r"unpacked|shuffle-\d{5}\.(parquet|json|spill)|shard-\d{5}\.spill|\.?(shard|shuffle)-.*\.part")
 
 
 def ingest(
@@ -84,13 +89,13 @@ def ingest(
     if spec is None:
         return None
     grid = city.make_grid()
+    enter_workspace(city.workspace_path)
     with committer_lock(city.workspace_path), storing(city.workspace_path):
         plan = plan_ingest(city, patterns, replace)
         outgoing = _outgoing(city, replace) if replace else []
         if not plan.dump or plan.dump == replace:
             _keep_contributions(city)
             return None
-        _require_same_cube(city, grid, spec)
         began = time.perf_counter()
         folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid, plan.rows_per_slice)}"
         jobs = _slices(plan, spec, folder, client, tell, str(quarantine or ""), grid)
@@ -108,22 +113,6 @@ def _digest(spec: PointsSpec, grid: Grid, rows_per_slice: int) -> str:
     settings = spec.model_dump(mode="json", exclude={"sources"})
     text = json.dumps(["samples", settings, grid.__dict__, rows_per_slice], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def _require_same_cube(city: City, grid: Grid, spec: PointsSpec) -> None:
-    try:
-        attributes = dict(read_group(open_repository(cubes_path(city))).attrs)
-    except StoreError:
-        return
-    for key, value, held in (
-        ("grid", grid_attributes(grid)["grid"], attributes["grid"]),
-        ("points.period", spec.period, attributes["period"]),
-        ("points.columns", list(arrays_of(spec)), attributes["arrays"]),
-    ):
-        if value != held:
-            raise ConfigError(
-                key, value, f"differs from the existing cube's {held}", "use another workspace or the old setting"
-            )
 
 
 def _outgoing(city: City, dump: str) -> list[SliceReport]:
@@ -148,11 +137,23 @@ def _keep_contributions(city: City) -> None:
 
 
 def leftover_shards(city: City) -> list[Path]:
-    """Below `workspace/shards`: folders of no dump in the ledger, and what a map leaves beside shards and reports."""
+    """Below `workspace/shards`: folders of no dump in the ledger, and what a map leaves beside shards and reports.
+
+    Files and folders that no ingest wrote are never among them.
+
+    Raises:
+        StoreError: The ledger cannot be read.
+    """
     kept = {e.get("shards") for e in ledger(city).values()}
-    folders = list((city.workspace_path / "shards").glob("*"))
-    beside = [p for f in folders if f.name in kept for p in f.iterdir() if p.is_dir() or not p.name.startswith("shard-")]
-    return [f for f in folders if f.name not in kept] + beside
+    folders = [f for f in (city.workspace_path / "shards").glob("*") if f.is_dir() and not f.is_symlink()]
+    ours = [f for f in folders if DUMP_FOLDER.fullmatch(f.name)]
+    unpublished = [f for f in ours if f.name not in kept and _only_ours(f)]
+    return unpublished + [p for f in ours if f.name in kept for p in f.iterdir() if PASSING_FILE.fullmatch(p.name)]
+
+
+def _only_ours(folder: Path) -> bool:
+    """Whether an ingest wrote everything in a folder."""
+    return all(KEPT_FILE.fullmatch(p.name) or PASSING_FILE.fullmatch(p.name) for p in folder.iterdir())
 
 
 def remove_shards(paths: list[Path]) -> None:
@@ -246,18 +247,34 @@ def _reduce(
     _grow(repository, spec, grid, names, reports)
     session = repository.writable_session(STAGING)
     owners = owned_blocks({tile for report in reports for tile in report.tiles})
-    fork, fresh = session.fork(), not zarr.open_group(session.store, mode="r")["ledger"].attrs["dumps"]
+    held = zarr.open_group(session.store, mode="r")["ledger"].attrs["dumps"]
+    _refuse_known(held, entry, replace)
+    fork, fresh = session.fork(), not held
     shards = tuple(Shard(path, r.sign) for r in reports for path in r.shards)
     jobs = [BlockJob(fork, tiles, shards, grid, names, fresh) for tiles in owners]
     forks = run_jobs(client, add_block, jobs, "writing blocks", tell)
     session.merge(*forks)
-    root = zarr.open_group(session.store)
-    dumps = {name: e for name, e in root["ledger"].attrs["dumps"].items() if name != replace}
-    root["ledger"].attrs["dumps"] = dumps | {entry["dump"]: entry}
+    dumps = {name: e for name, e in held.items() if name != replace}
+    zarr.open_group(session.store, mode="r+")["ledger"].attrs["dumps"] = dumps | {entry["dump"]: entry}
     snapshot = session.commit(f"dump {entry['dump']}: {entry['kept']} points")
     publish(repository, snapshot, base)
     repository.delete_branch(STAGING)
     return str(snapshot)
+
+
+def _refuse_known(dumps: dict[str, LedgerEntry], entry: LedgerEntry, replace: str | None) -> None:
+    """The last look before anything is added: by the ledger of the branch itself, whatever was planned by.
+
+    Raises:
+        StoreError: The cube already holds one of the dump's files, or not the dump that is replaced.
+    """
+    if replace is not None and replace not in dumps:
+        raise StoreError(f"the cube no longer holds dump {replace}; nothing was changed, run again")
+    stored = {f["hash"]: name for name, e in dumps.items() if name != replace for f in e["files"]}
+    for file in entry["files"]:
+        if file["hash"] in stored:
+            raise StoreError(f"{file['label']}: the cube holds this file already, in dump {stored[file['hash']]}; "
+                             "nothing was changed, run again")  # fmt: skip
 
 
 def _grow(
@@ -266,9 +283,9 @@ def _grow(
     """Make the arrays, and lengthen their period axis, in a commit of its own: forks refuse uncommitted changes."""
     periods = max((r.periods[1] + 1 for r in reports if r.periods), default=1)
     session = repository.writable_session(STAGING)
-    root = zarr.open_group(session.store)
-    if "ledger" not in root:
-        create_arrays(root, grid, names, spec.period)
+    if is_untouched(repository, STAGING):
+        create_arrays(zarr.open_group(session.store), grid, names, spec.period)
+    root = zarr.open_group(session.store, mode="r+")
     for name in names:
         array = root[f"period/{name}"]
         if array.shape[0] < periods:

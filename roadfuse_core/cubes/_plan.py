@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from distributed.system import MEMORY_LIMIT
 
 from roadfuse_core.cluster import count_workers
 from roadfuse_core.cubes._reduce import TILE_ROWS
-from roadfuse_core.cubes._repository import FORMAT, MAIN, open_repository, read_group
-from roadfuse_core.errors import ConfigError, DataError, StoreError
+from roadfuse_core.cubes._repository import FORMAT, MAIN, grid_attributes, open_repository, read_group
+from roadfuse_core.errors import ConfigError, DataError, NothingPublishedError, StoreError
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.points import (
     DUCKDB_BYTES,
@@ -52,8 +53,10 @@ __all__ = [
     "ledger",
     "plan_ingest",
     "points_of",
+    "require_same_cube",
     "rows_per_slice",
     "snapshots",
+    "stored_cube",
 ]
 
 LedgerEntry = dict[str, Any]
@@ -100,15 +103,50 @@ def cubes_path(city: City) -> Path:
     return city.workspace_path / "cubes"
 
 
-def ledger(city: City) -> dict[str, LedgerEntry]:
-    """Every dump in the cube by name, oldest first; empty before the first ingest."""
+def stored_cube(city: City) -> zarr.Group | None:
+    """The root group of the city's cube, read-only; None before the first ingest.
+
+    Raises:
+        StoreError: The cube cannot be read.
+    """
     try:
-        root = read_group(open_repository(cubes_path(city)))
-    except StoreError:
+        return read_group(open_repository(cubes_path(city)))
+    except NothingPublishedError:
+        return None
+
+
+def ledger(city: City) -> dict[str, LedgerEntry]:
+    """Every dump in the cube by name, oldest first; empty before the first ingest.
+
+    Raises:
+        StoreError: The cube cannot be read; that is never taken for an empty ledger.
+    """
+    root = stored_cube(city)
+    if root is None:
         return {}
     if root.attrs.get("format") != FORMAT:
         raise StoreError(f"{cubes_path(city)}: was made by an earlier version; ingest anew in another workspace")
     return dict(sorted(root["ledger"].attrs["dumps"].items(), key=lambda item: item[1]["committed"]))
+
+
+def require_same_cube(city: City) -> None:
+    """Refuse a city file that does not fit the cube in its workspace.
+
+    Raises:
+        ConfigError: The cube has another grid or period, or sums of other columns.
+        StoreError: The cube cannot be read.
+    """
+    cube, spec = stored_cube(city), points_of(city)
+    if cube is None:
+        return
+    for key, value, stored in (
+        ("grid", grid_attributes(city.make_grid())["grid"], cube.attrs["grid"]),
+        ("points.period", spec.period, cube.attrs["period"]),
+        ("points.columns", list(arrays_of(spec)), cube.attrs["arrays"]),
+    ):
+        if value != stored:
+            problem, fix = f"differs from the existing cube's {stored}", "use another workspace or the old setting"
+            raise ConfigError(key, value, problem, fix)
 
 
 def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | None = None) -> IngestPlan:
@@ -120,9 +158,11 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
         replace: A dump whose files count as new, because it leaves the cube.
 
     Raises:
-        ConfigError: Sources match nothing or lack a column, a worker's memory is too small, or there is no dump to replace.
+        ConfigError: Sources match nothing or lack a column, a worker's memory is too small, there is no dump to replace, or
+            the existing cube has another grid, period or other columns.
         DataError: A file is unreadable, or one that was ingested has changed.
     """
+    require_same_cube(city)
     every = ledger(city)
     if replace is not None and replace not in every:
         raise ConfigError("--replace", replace, "is not in the ledger", f"it holds {', '.join(every) or 'nothing'}")
@@ -339,7 +379,7 @@ def snapshots(city: City, limit: int = 10) -> list[Snapshot]:
     """The newest states of the cube, newest first; none before the first ingest."""
     try:
         history = open_repository(cubes_path(city)).ancestry(branch=MAIN)
-    except StoreError:
+    except NothingPublishedError:
         return []
     told = (Snapshot(s.id, s.written_at, s.message) for s in history if s.message.startswith("dump "))
     return list(itertools.islice(told, limit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from pyproj import CRS
 from zarr.codecs import ZstdCodec
 
 from roadfuse_core.cubes._render import FIXED_POINT
-from roadfuse_core.errors import RoadFuseError, StoreError
+from roadfuse_core.errors import NothingPublishedError, RoadFuseError, StoreError
 from roadfuse_core.grid import Grid
+from roadfuse_core.workspace import expected_repositories, holds_anything, note_repository
 
 __all__ = [
     "FORMAT",
@@ -27,6 +29,7 @@ __all__ = [
     "committer_lock",
     "create_arrays",
     "grid_attributes",
+    "is_untouched",
     "open_repository",
     "publish",
     "read_group",
@@ -51,25 +54,40 @@ def open_repository(path: Path, create: bool = False) -> icechunk.Repository:
         create: Make an empty one if there is none.
 
     Raises:
-        StoreError: There is none, or the folder holds something else.
+        NothingPublishedError: There never was one.
+        StoreError: It cannot be opened, is lost, or the folder holds something else.
     """
-    if not create and not path.is_dir():  # Icechunk would make the folder while looking into it
-        raise StoreError(f"{path}: {EMPTY}")
-    storage = icechunk.local_filesystem_storage(str(path))
+    if not holds_anything(path):  # Icechunk would make the folder while looking into it
+        if path.name in expected_repositories(path.parent):
+            fix = "bring it back from where it went or from a backup, or use another workspace"
+            hint = "; if no ingest ever ended well here, remove `shards`" if path.name == "cubes" else ""
+            raise StoreError(f"{path}: was made and is no longer there; {fix}{hint}")
+        if not create:
+            raise NothingPublishedError(f"{path}: {EMPTY}")
+        _create(path)
+    try:
+        opened = icechunk.Repository.open(icechunk.local_filesystem_storage(str(path)))
+    except icechunk.IcechunkError as error:
+        short = str(error).strip().splitlines()[0].strip(" x")
+        raise StoreError(f"{path}: cannot be opened ({short}); nothing was changed: run again, or, if this stays, bring "
+                         "the folder back from a backup or move what does not belong there away") from error  # fmt: skip
+    if create:
+        note_repository(path)
+    return opened
+
+
+def _create(path: Path) -> None:
+    """An empty repository, which gets its place when it is complete."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     splitting = ManifestSplittingConfig.from_dict(
         {ManifestSplitCondition.AnyArray(): {ManifestSplitDimCondition.DimensionName("period"): 1}}
     )
     config = icechunk.RepositoryConfig.default()
     config.manifest = icechunk.ManifestConfig(splitting=splitting)
-    try:
-        if icechunk.Repository.exists(storage):
-            return icechunk.Repository.open(storage)
-        if create:
-            path.mkdir(parents=True, exist_ok=True)
-            return icechunk.Repository.create(storage, config=config)
-    except icechunk.IcechunkError as error:
-        raise StoreError(f"{path}: is not a usable repository ({str(error).splitlines()[0]}); move it away") from error
-    raise StoreError(f"{path}: {EMPTY}")
+    icechunk.Repository.create(icechunk.local_filesystem_storage(str(part)), config=config)
+    part.replace(path)
 
 
 @contextmanager
@@ -131,13 +149,36 @@ def read_group(repository: icechunk.Repository, branch: str = MAIN, snapshot: st
     """The root group of a snapshot, read-only; the newest of a branch unless one is named.
 
     Raises:
-        StoreError: Nothing was ever published.
+        NothingPublishedError: The branch still is as it was made.
+        StoreError: The snapshot cannot be read.
     """
-    session = repository.readonly_session(snapshot_id=snapshot) if snapshot else repository.readonly_session(branch)
     try:
-        return zarr.open_group(session.store, mode="r")
-    except FileNotFoundError as error:
-        raise StoreError(EMPTY) from error
+        session = repository.readonly_session(snapshot_id=snapshot) if snapshot else repository.readonly_session(branch)
+        try:
+            return zarr.open_group(session.store, mode="r")
+        except FileNotFoundError as error:
+            # Zarr says so too where the snapshot's own file is lost.
+            if not snapshot and is_untouched(repository, branch):
+                raise NothingPublishedError(EMPTY) from error
+            raise
+    except (icechunk.IcechunkError, OSError, ValueError) as error:
+        short = str(error).strip().splitlines()[0].strip(" x")
+        raise StoreError(f"{_place(repository)}: cannot be read ({short}); nothing was changed, run again") from error
+
+
+def _place(repository: icechunk.Repository) -> str:
+    """The folder of a repository, out of how Icechunk shows its storage."""
+    shown = str(repository.storage)
+    return shown.partition("path=")[2].rstrip(")") or shown
+
+
+def is_untouched(repository: icechunk.Repository, branch: str) -> bool:
+    """Whether nothing was ever committed to a branch.
+
+    Raises:
+        icechunk.IcechunkError: Its newest snapshot cannot be read.
+    """
+    return next(iter(repository.ancestry(branch=branch))).parent_id is None
 
 
 def grid_attributes(grid: Grid) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from roadfuse_core.cubes import ZSTD, grid_attributes, open_repository, read_group, write_coordinates
-from roadfuse_core.errors import ConfigError, StoreError
+from roadfuse_core.errors import ConfigError, NothingPublishedError, StoreError
 from roadfuse_core.grid import Grid
 from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE
 from roadfuse_core.settings import City
@@ -50,7 +50,7 @@ class MapReader:
             raise StoreError(f"{maps_path(city)}: no {group} is held back")
         root = read_group(repository, candidate(group) if held else "main")
         if group not in root:
-            raise StoreError(f"{maps_path(city)}: holds no {group} yet; run `roadfuse refresh` first")
+            raise NothingPublishedError(f"{maps_path(city)}: holds no {group} yet; run `roadfuse refresh` first")
         self.folder, self.group = root[group], group
         self.record: MapRecord = dict(self.folder.attrs["record"])
 
@@ -70,11 +70,15 @@ class MapReader:
 
 
 def standing_record(city: City, group: str) -> tuple[str, MapRecord] | None:
-    """The newest snapshot of the repository and the group's record; None if there is none."""
+    """The newest snapshot of the repository and the group's record; None if nothing was ever published.
+
+    Raises:
+        StoreError: The repository cannot be read.
+    """
     try:
         repository = open_repository(maps_path(city))
         root = read_group(repository)
-    except StoreError:
+    except NothingPublishedError:
         return None
     if group not in root or "record" not in root[group].attrs:
         return None

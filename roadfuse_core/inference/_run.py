@@ -16,7 +16,7 @@ from dask.distributed import Client, KilledWorker
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.cubes import committer_lock, open_repository, publish, storing
-from roadfuse_core.errors import RoadFuseError, StoreError
+from roadfuse_core.errors import NothingPublishedError, RoadFuseError, StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Block
 from roadfuse_core.inference._blocks import (
@@ -33,6 +33,7 @@ from roadfuse_core.inference._blocks import (
 from roadfuse_core.inference._map import MapReader, MapRecord, candidate, maps_path, prepare_map
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.settings import City
+from roadfuse_core.workspace import enter_workspace
 
 __all__ = ["IncompleteError", "infer", "published", "release", "rollback"]
 
@@ -76,6 +77,7 @@ def infer(
         IncompleteError: Windows failed twice; `failures/GROUP.json` in the workspace lists them.
         StoreError: Another process is writing.
     """
+    enter_workspace(city.workspace_path)
     with committer_lock(city.workspace_path), storing(city.workspace_path):
         plan = plan_refresh(city, weights, group, full)
         if plan.standing and plan.standing["identity"] == plan.identity and not plan.standing["failed"]:
@@ -203,7 +205,7 @@ def _waiting(city: City, group: str) -> MapRecord | None:
         parents = [s.id for s in repository.ancestry(branch=candidate(group))]
         stands_on = repository.lookup_branch("main") in parents
         return MapReader(city, group, held=True).record if stands_on else None
-    except StoreError:
+    except NothingPublishedError:
         return None
 
 

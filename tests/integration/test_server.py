@@ -174,6 +174,7 @@ def test_a_week_of_a_city(house, bucket, small_city):
     spec["points"]["sources"] = ["s3://dumps/2026-03-29.parquet"]
     spec["cluster"] = {"kind": f"tcp://127.0.0.1:{DASK}"}
     city_file.write_text(yaml.safe_dump(spec))
+    assert house("-m", "flows.cli", "ingest", city_file).wait(240) == 0  # by hand: a schedule makes no workspace
     serving = house("-m", "flows.cli", "serve", city_file, "--cron", "* * * * *")
     wait_for("scheduled refresh", 240, lambda: [r for r in runs(" refresh ") if r["state_name"] == "Completed"])
     ask(f"/deployments/{deployment(f'{small_city.name}-refresh')['id']}/pause_deployment")
@@ -286,6 +287,7 @@ def test_the_shipped_deployments_run_on_a_worker(house, small_city):
     *prepare, work = [c.replace("infra/prefect.yaml", str(ROOT / "infra/prefect.yaml")).split()[1:] for c in commands]
     for command in prepare:
         assert house("-m", "prefect", *command).wait(120) == 0
+    ingest(small_city)  # by hand: a schedule makes no workspace
     house("-m", "prefect", *work)
     names = {d["name"] for d in ask("/deployments/filter")}
     assert names == {"weekly", "watch", "backfill", "train", "evaluate"}

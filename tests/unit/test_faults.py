@@ -249,13 +249,13 @@ infer(load_city(Path({str(city.root / "city.yaml")!r})), tell=tell)
 
 def test_expiry_sweeps_the_blocks_of_a_refresh_that_never_went_on(city):
     ingest(city)
-    (city.workspace_path / "scratch/map-of-old").mkdir(parents=True)
-    (city.workspace_path / "scratch/map-of-old/0-0.safetensors").write_bytes(b"x")
+    (city.workspace_path / "scratch/map-0123456789abcdef").mkdir(parents=True)
+    (city.workspace_path / "scratch/map-0123456789abcdef/0-0.safetensors").write_bytes(b"x")
     now = datetime.now(UTC)
     assert expire(city, now - timedelta(days=1)).leftovers == 0
     assert expire(city, now + timedelta(days=1), dry_run=True).leftovers == 1
     assert expire(city, now + timedelta(days=1)).leftovers == 1
-    assert not (city.workspace_path / "scratch/map-of-old").exists()
+    assert not (city.workspace_path / "scratch/map-0123456789abcdef").exists()
 
 
 def _children(pid: int) -> list[int]:

@@ -211,7 +211,7 @@ def age(city: City) -> datetime:
 def test_expiry_keeps_the_cube_and_the_ledger_and_sweeps_the_rest(city):
     for seed in (1, 2, 3):
         ingest(city, [write(city.root / f"{seed}.parquet", seed).name])
-    (city.workspace_path / "shards/nobody").mkdir()
+    (city.workspace_path / "shards/0123456789ab-0123456789ab").mkdir()
     newest, counts, dumps = state(city)
     told = expire(city, age(city), dry_run=True)
     assert (told.snapshots >= 2, told.leftovers, len(snapshots(city))) == (True, 1, 3)
