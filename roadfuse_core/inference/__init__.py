@@ -1,6 +1,5 @@
 """Inference: predictors, plans, windows on Dask, the published map."""
 
-from roadfuse_core.inference._blocks import Failure
 from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._evidence import Evidence, read_evidence, readers_of
 from roadfuse_core.inference._map import MapReader, MapRecord, maps_path
@@ -17,6 +16,7 @@ from roadfuse_core.inference._predictor import (
     resolve_weights,
 )
 from roadfuse_core.inference._run import IncompleteError, infer, published, release, rollback
+from roadfuse_core.inference._scratch import Failure
 
 __all__ = [
     "Calibration",

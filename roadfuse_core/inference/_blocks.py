@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from icechunk import IcechunkError
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 from safetensors import safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from roadfuse_core.cubes import Chunks
@@ -27,13 +25,12 @@ from roadfuse_core.grid import Block, Grid, Lattice
 from roadfuse_core.inference._coverage import pixels_of
 from roadfuse_core.inference._evidence import Evidence, reach_px, read_region
 from roadfuse_core.inference._predictor import Predictor, PredictorRef, predictor_of
+from roadfuse_core.inference._scratch import BlockReport, Failure, left_report, save_block
 from roadfuse_core.mosaic import NODATA, Accumulator
 
 __all__ = [
     "AssembleJob",
     "BlockJob",
-    "BlockReport",
-    "Failure",
     "LoadModel",
     "assemble_block",
     "predict_block",
@@ -74,36 +71,6 @@ class BlockJob:
     def file(self) -> Path:
         """What the block leaves, whole."""
         return Path(self.scratch) / f"{self.block.row0}-{self.block.col0}.safetensors"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A window that could not be predicted.
-
-    Attributes:
-        row: Of the window's corner, pixels of the grid.
-        col: The same.
-        why: One line.
-    """
-
-    row: int
-    col: int
-    why: str
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What became of a block.
-
-    Attributes:
-        windows: Predicted.
-        failed: Windows without a prediction.
-        worker: Address of the worker; None in this process.
-    """
-
-    windows: int
-    failed: tuple[Failure, ...] = ()
-    worker: str | None = None
 
 
 class LoadModel(WorkerPlugin):
@@ -162,10 +129,11 @@ class _Read:
     known: NDArray[np.bool_]
 
 
-def read_ahead(job: BlockJob) -> _Read | None:
-    """The evidence of a block; None where it is done."""
-    if job.file.exists() and not _held(job).failed:
-        return None
+def read_ahead(job: BlockJob) -> _Read | BlockReport:
+    """The evidence of a block, or the report of an earlier run that left it whole; one with failures is tried again."""
+    left = left_report(job.file)
+    if left and not left.failed:
+        return left
     predictor = predictor_of(job.model, job.evidence.grid.resolution_m)
     return _read(job, predictor, region_of(job.lattice, job.block))
 
@@ -175,7 +143,7 @@ def _read(job: BlockJob, predictor: Predictor, at: Block) -> _Read:
     return _Read(predictor.prepare(region.inputs), region.evident, region.known)
 
 
-def predict_block(job: BlockJob, ahead: Future[_Read | None], writer: Executor) -> Future[BlockReport]:
+def predict_block(job: BlockJob, ahead: Future[_Read | BlockReport], writer: Executor) -> Future[BlockReport]:
     """Predict the wanted windows that start in a block and leave their sums in its scratch file.
 
     Windows without a point and without a valid image pixel are skipped. A block whose file is whole is not computed again.
@@ -184,20 +152,21 @@ def predict_block(job: BlockJob, ahead: Future[_Read | None], writer: Executor) 
 
     Args:
         job: The block.
-        ahead: Its evidence, read meanwhile.
+        ahead: Its evidence, read meanwhile; or the report of an earlier run.
         writer: One thread that adds up windows and saves, while the next are predicted.
 
     Returns:
         The report, when the file is there.
     """
-    if job.file.exists() and not (held := _held(job)).failed:
-        return writer.submit(lambda: held)
     predictor = predictor_of(job.model, job.evidence.grid.resolution_m)
     region = region_of(job.lattice, job.block)
     out = Accumulator(region, len(predictor.planes))
     try:
+        found = ahead.result()
+        if isinstance(found, BlockReport):
+            return writer.submit(lambda: found)
         failed: list[Failure] = []
-        done = _predict(job, predictor, region, windows_of(job), out, writer, ahead.result())
+        done = _predict(job, predictor, region, windows_of(job), out, writer, found)
     except FAULTS as error:
         if not job.lenient:
             report = BlockReport(0, tuple(Failure(*p, _line(error)) for p in windows_of(job)), _address())
@@ -208,18 +177,8 @@ def predict_block(job: BlockJob, ahead: Future[_Read | None], writer: Executor) 
 
 
 def _save(job: BlockJob, out: Accumulator, report: BlockReport) -> BlockReport:
-    part = job.file.with_suffix(".part")
-    told = {"windows": str(report.windows), "failed": json.dumps([vars(f) for f in report.failed])}
-    part.write_bytes(save({name: np.ascontiguousarray(x) for name, x in out.parts(job.lattice).items()}, told))
-    part.rename(job.file)
+    save_block(job.file, out.parts(job.lattice), report)
     return report
-
-
-def _held(job: BlockJob) -> BlockReport:
-    """What an earlier run left; a block with failures is tried again."""
-    with safe_open(job.file, "np") as held:
-        told = held.metadata()
-    return BlockReport(int(told["windows"]), tuple(Failure(**f) for f in json.loads(told["failed"])))
 
 
 def _predict(

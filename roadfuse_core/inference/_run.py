@@ -22,8 +22,6 @@ from roadfuse_core.grid import Block
 from roadfuse_core.inference._blocks import (
     AssembleJob,
     BlockJob,
-    BlockReport,
-    Failure,
     LoadModel,
     assemble_block,
     predict_chain,
@@ -32,6 +30,7 @@ from roadfuse_core.inference._blocks import (
 )
 from roadfuse_core.inference._map import MapReader, MapRecord, candidate, maps_path, prepare_map
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
+from roadfuse_core.inference._scratch import BlockReport, Failure
 from roadfuse_core.settings import City
 from roadfuse_core.workspace import enter_workspace
 
@@ -85,7 +84,7 @@ def infer(
             return plan.standing | {"unchanged": True}
         if hold and (waiting := _waiting(city, group)) and waiting["identity"] == plan.identity and not waiting["failed"]:
             return waiting | {"held": True}
-        scratch = city.workspace_path / "scratch" / f"{group}-{plan.digest}"
+        scratch = city.workspace_path / "scratch" / f"{group}-{plan.digest}-{plan.block_px}"
         scratch.mkdir(parents=True, exist_ok=True)
         jobs = plan.jobs(scratch)
         reports = _predict(plan, jobs, client, tell)
