@@ -25,6 +25,7 @@ from rasterio.windows import Window
 
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Bounds, Grid
+from roadfuse_core.imagery._parts import FilePart, parts_of
 from roadfuse_core.settings import City, ImagerySpec
 
 __all__ = ["ImageFile", "ImageryReader", "RasterKey", "find_imagery", "identify", "open_raster", "warped"]
@@ -61,17 +62,19 @@ class ImageFile(NamedTuple):
         path: Absolute.
         size: Bytes.
         changed_ns: Time of the last change, nanoseconds since 1970.
+        parts: Other files that it is read from: behind a virtual raster, and beside it.
     """
 
     path: str
     size: int
     changed_ns: int
+    parts: tuple[FilePart, ...] = ()
 
 
 def identify(paths: Sequence[str]) -> tuple[ImageFile, ...]:
-    """What the files are now."""
+    """What the files are now, with all that they are read from."""
     stats = [os.stat(p) for p in paths]
-    return tuple(ImageFile(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True))
+    return tuple(ImageFile(p, s.st_size, s.st_mtime_ns, parts_of(p)) for p, s in zip(paths, stats, strict=True))
 
 
 @contextmanager

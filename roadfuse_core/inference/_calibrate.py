@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -51,6 +52,12 @@ class Calibration:
     software: dict[str, str]
 
 
+def software_versions() -> dict[str, str]:
+    """What decides how evidence is read, rendered, predicted and rounded; part of a map's identity."""
+    libraries = {name: version(name) for name in ("roadfuse", "torch", "numpy", "numba", "scipy", "rasterio", "pyproj")}
+    return libraries | {"gdal": rasterio.__gdal_version__, "proj": rasterio.__proj_version__}
+
+
 def calibrate(
     ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, NDArray[Any]], folder: Path
 ) -> Calibration:
@@ -64,7 +71,7 @@ def calibrate(
         folder: Of calibrations.
     """
     asked = f"{ref.digest}-{device_name().replace(' ', '-')}-{spec.precision}-{spec.batch or 'auto'}{'-turns' * ref.turns}"
-    path, software = folder / f"{asked}.json", {name: version(name) for name in ("roadfuse", "torch", "rasterio")}
+    path, software = folder / f"{asked}.json", software_versions()
     held = json.loads(path.read_text()) if path.is_file() else {}
     if held.keys() == Calibration.__annotations__.keys() and held["software"] == software:
         return Calibration(**held)

@@ -204,11 +204,16 @@ def _identity(
         "device": calibration.device, "window_px": lattice.window_px, "stride_px": lattice.stride_px, "threshold": threshold,
         "points": evidence.cubes is not None, "software": calibration.software,
     }  # fmt: skip
-    identity = {"fixed": fixed, "snapshot": evidence.snapshot, "images": [[*file, list(box)] for file, box in images]}
+    identity = {"fixed": fixed, "snapshot": evidence.snapshot, "images": [_raster(*one) for one in images]}
     if heights:
         fixed["lidar"] = _settings(evidence.lidar)
-        identity["lidar"] = [[*file, list(box)] for file, box in heights]
+        identity["lidar"] = [_raster(*one) for one in heights]
     return identity
+
+
+def _raster(file: ImageFile, box: Bounds) -> list[Any]:
+    """A raster in a record: path, size, time, box, and what else it is read from, where there is such."""
+    return [file.path, file.size, file.changed_ns, list(box), *([[list(p) for p in file.parts]] if file.parts else [])]
 
 
 def _settings(spec: ImagerySpec | None) -> Facts:
@@ -225,9 +230,7 @@ def _changes(
     """Windows that see anything new since the standing map; None, and why, where that cannot be told."""
     before = standing.get("identity")
     if before is None or before["fixed"] != identity["fixed"]:
-        old, new = (before or {"fixed": {}})["fixed"], identity["fixed"]
-        names = sorted(k for k in old.keys() | new.keys() if before and old.get(k) != new.get(k))
-        return None, f"changed: {', '.join(names) or 'the format of the record'}"
+        return None, f"changed: {_difference(before, identity) or 'the format of the record'}"
     boxes = [Block(row, col, row + lattice.window_px, col + lattice.window_px) for row, col, _ in standing["failed"]]
     for kind in ("images", "lidar"):
         was, now = ([json.dumps(file) for file in facts.get(kind, [])] for facts in (before, identity))
@@ -246,6 +249,17 @@ def _changes(
         except StoreError:
             return None, "the snapshot of the points behind the standing map was expired"
     return windows_meeting(evidence.grid, lattice, boxes), ""
+
+
+def _difference(before: Facts | None, now: Facts) -> str:
+    """Which of the facts that a map cannot be carried over differ; of the software, which versions."""
+    if before is None:
+        return ""
+    old, new = before["fixed"], now["fixed"]
+    names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    was, now_in_use = old.get("software", {}), new["software"]
+    versions = sorted(k for k in was.keys() | now_in_use.keys() if was.get(k) != now_in_use.get(k))
+    return ", ".join(f"software ({', '.join(versions)})" if name == "software" else name for name in names)
 
 
 def _around(changed: NDArray[np.bool_], possible: NDArray[np.bool_], lattice: Lattice) -> Coverage:
