@@ -260,7 +260,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score the published map against the labels, or networks on the test tiles under damaged evidence."""
-    from roadfuse_core.metrics import score_city
+    from roadfuse_core.metrics import describe_tiles, score_city
     from tasks.progress import ConsoleProgress
 
     cities = [load_city(path) for path in city_files]
@@ -271,7 +271,11 @@ def evaluate(
         raise ConfigError("CITY.yaml", len(cities), "cities are for --suite alone", "score them one by one")
     with ConsoleProgress() as tell:
         scored = score_city(cities[0], group, tell)
-    _print_json(scored) if as_json else _show_scores({group: scored})
+    if as_json:
+        _print_json(scored.subsets | {"tiles": {"from": scored.on.tiles_from, "overlap": scored.on.overlap}})
+        return
+    _show_scores({group: scored.subsets})
+    console.print(describe_tiles(scored))
 
 
 def _evaluate_suite(cities: list[City], weights: list[str], out: Path | None, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.errors import RoadFuseError
-from roadfuse_core.metrics import CityScores
+from roadfuse_core.metrics import MapScores
 from roadfuse_core.report import Stage
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.workspace import require_workspace
@@ -107,7 +107,12 @@ def refresh(
         files["report"] = stages.report(city_file, scored, watch.stages, files)
     artifacts.summarise(city_file, record, scored, watch.stages, files, reasons, workers, dashboard)
     stages.remember(city_file, record, scored, bool(reasons), sum(s.seconds for s in watch.stages))
-    result = {"scores": scored, "files": files, "record": record, "held": reasons}
+    result = {
+        "scores": {group: found.subsets for group, found in scored.items()},
+        "files": files,
+        "record": record,
+        "held": reasons,
+    }
     return _held_state(result) if reasons else result
 
 
@@ -118,7 +123,7 @@ def _held_state(result: dict[str, Any]) -> Any:
 
 def _score(
     city: City, city_file: Path, scheduler: str, record: dict[str, Any], held: bool, baseline: bool, watch: Stopwatch
-) -> tuple[dict[str, CityScores], list[str]]:
+) -> tuple[dict[str, MapScores], list[str]]:
     """Score what is new, let the gate decide, and score kernel density beside what is published."""
     labelled, scored = bool(city.labels), {}
     if labelled:

@@ -19,7 +19,7 @@ from prefect.artifacts import (
 
 from roadfuse_core.cubes import ledger
 from roadfuse_core.errors import NothingPublishedError
-from roadfuse_core.metrics import CityScores, read_history
+from roadfuse_core.metrics import CityScores, MapScores, describe_tiles, read_history
 from roadfuse_core.report import Stage, map_preview
 from roadfuse_core.settings import City, load_city
 
@@ -58,7 +58,7 @@ class ProgressArtifact:
 
 @task(name="summarise")
 def summarise(
-    city_file: Path, record: dict[str, Any], scored: dict[str, CityScores], stages: list[Stage], files: dict[str, Path],
+    city_file: Path, record: dict[str, Any], scored: dict[str, MapScores], stages: list[Stage], files: dict[str, Path],
     reasons: Sequence[str], workers: int, dashboard: str | None,
 ) -> None:  # fmt: skip
     """One Markdown artifact of the run, and tables of scores by tile."""
@@ -72,7 +72,7 @@ def summarise(
 
 
 def page(
-    city: City, record: Mapping[str, Any], scored: Mapping[str, CityScores], stages: Sequence[Stage],
+    city: City, record: Mapping[str, Any], scored: Mapping[str, MapScores], stages: Sequence[Stage],
     files: Mapping[str, Path], reasons: Sequence[str], workers: int, dashboard: str | None,
 ) -> str:  # fmt: skip
     """The run as Markdown: verdict, picture, scores against the last run, rows, windows, time and cost, files."""
@@ -97,7 +97,7 @@ def page(
     return "\n".join(out)
 
 
-def _scores(city: City, scored: Mapping[str, CityScores]) -> list[str]:
+def _scores(city: City, scored: Mapping[str, MapScores]) -> list[str]:
     if not scored:
         return ["No labels, no scores."]
     last: dict[str, CityScores] = next(
@@ -105,13 +105,14 @@ def _scores(city: City, scored: Mapping[str, CityScores]) -> list[str]:
     )
     rows = ["## Scores", "| map | on | g_iou | last run | a_iou | F1 |", "| --- | --- | --- | --- | --- | --- |"]
     names = {"map": "this map", "baseline": "kernel density"}
-    for group, by in scored.items():
+    for group, found in scored.items():
+        by = found.subsets
         for subset in ("test", "all"):
             was = last.get(group, {}).get(subset, {}).get("g_iou")
             told = "–" if was is None else f"{was:.3f} ({by[subset]['g_iou'] - was:+.3f})"
             rows.append(f"| {names.get(group, group)} | {subset} tiles | {by[subset]['g_iou']:.3f} | {told} | "
                         f"{by[subset]['a_iou']:.3f} | {by[subset]['f1']:.3f} |")  # fmt: skip
-    return rows
+    return [*rows, *(["", describe_tiles(scored["map"])] if "map" in scored else [])]
 
 
 def _points(city: City) -> list[str]:

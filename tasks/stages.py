@@ -20,8 +20,8 @@ from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import files_between, ingest, ledger, plan_ingest
 from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.files import write_whole
-from roadfuse_core.inference import MapReader, infer, release
-from roadfuse_core.metrics import CityScores, append_history, judge, read_history, score_city, tune_kde, write_metrics
+from roadfuse_core.inference import MapReader, infer, release, split_of_map
+from roadfuse_core.metrics import MapScores, append_history, judge, read_history, score_city, tune_kde, write_metrics
 from roadfuse_core.mosaic import NODATA, write_cog, write_item
 from roadfuse_core.report import Stage, write_report
 from roadfuse_core.settings import load_city
@@ -82,10 +82,10 @@ def ingest_dumps(city_file: Path, scheduler: str) -> dict[str, Any] | None:
 
 @task(name="tune baseline")
 def tune_baseline(city_file: Path) -> Path:
-    """Tune kernel density on the training tiles; returns the model file."""
+    """Tune kernel density on the training tiles of the published map's model; returns the model file."""
     city = load_city(city_file)
     with _tell(city.name) as tell:
-        model = tune_kde(city, tell)
+        model = tune_kde(city, tell, split_of_map(city, MapReader(city).record))
     return write_whole(city.workspace_path / "kde.json", model.model_dump_json(indent=1))
 
 
@@ -122,7 +122,7 @@ def export_maps(city_file: Path) -> dict[str, Path]:
 
 
 @task(name="score")
-def score(city_file: Path, scheduler: str, group: str = "map", held: bool = False) -> CityScores:
+def score(city_file: Path, scheduler: str, group: str = "map", held: bool = False) -> MapScores:
     """Scores against the labels; of the candidate, where it is held."""
     city = load_city(city_file)
     with Client(scheduler) as client, _tell(city.name) as tell:
@@ -130,22 +130,25 @@ def score(city_file: Path, scheduler: str, group: str = "map", held: bool = Fals
 
 
 @task(name="decide")
-def decide(city_file: Path, record: dict[str, Any], scored: dict[str, CityScores]) -> list[str]:
+def decide(city_file: Path, record: dict[str, Any], scored: dict[str, MapScores]) -> list[str]:
     """Publish the candidate, or say why it is held back."""
     city = load_city(city_file)
     before = next((e for e in reversed(read_history(city)) if e["published"]), None)
-    verdict = judge(city, record, scored, list(ledger(city).values()) if city.points else [], before)
+    verdict = judge(
+        city, record, {k: v.subsets for k, v in scored.items()}, list(ledger(city).values()) if city.points else [], before
+    )
     if verdict.passed:
         release(city)
     return list(verdict.reasons)
 
 
 @task(name="remember")
-def remember(city_file: Path, record: dict[str, Any], scored: dict[str, CityScores], held: bool, seconds: float) -> None:
+def remember(city_file: Path, record: dict[str, Any], scored: dict[str, MapScores], held: bool, seconds: float) -> None:
     """Add the run to the city's history."""
     facts = {k: v for k, v in record.items() if k not in ("identity", "failed")}
     made = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = {"made": made, "published": not held, "record": facts, "scores": scored, "seconds": seconds,
+    subsets = {group: found.subsets for group, found in scored.items()}
+    entry = {"made": made, "published": not held, "record": facts, "scores": subsets, "seconds": seconds,
              "windows_failed": len(record["failed"])}  # fmt: skip
     city = load_city(city_file)
     append_history(city, entry)
@@ -187,6 +190,6 @@ def train(recipe_file: Path, out: Path | None) -> dict[str, Any]:
 
 
 @task(name="report")
-def report(city_file: Path, scored: dict[str, CityScores], stages: list[Stage], files: dict[str, Path]) -> Path:
+def report(city_file: Path, scored: dict[str, MapScores], stages: list[Stage], files: dict[str, Path]) -> Path:
     """The HTML page."""
     return write_report(load_city(city_file), scored, stages, files)

@@ -2,7 +2,8 @@
 
 from roadfuse_core.inference._calibrate import Calibration, calibrate
 from roadfuse_core.inference._evidence import Evidence, read_evidence, readers_of
-from roadfuse_core.inference._map import MapReader, MapRecord, maps_path
+from roadfuse_core.inference._learnt import split_of_map
+from roadfuse_core.inference._map import MapReader, MapRecord, map_key, maps_path
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._predictor import (
     KdeModel,
@@ -33,6 +34,7 @@ __all__ = [
     "choose_weights",
     "infer",
     "load_predictor",
+    "map_key",
     "maps_path",
     "normalise_image",
     "plan_refresh",
@@ -44,4 +46,5 @@ __all__ = [
     "require_target",
     "resolve_weights",
     "rollback",
+    "split_of_map",
 ]

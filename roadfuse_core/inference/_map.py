@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from roadfuse_core.grid import Grid
 from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE
 from roadfuse_core.settings import City
 
-__all__ = ["MapReader", "MapRecord", "candidate", "maps_path", "prepare_map", "standing_record"]
+__all__ = ["MapReader", "MapRecord", "candidate", "map_key", "maps_path", "prepare_map", "standing_record"]
 
 MapRecord = dict[str, Any]
 
@@ -25,6 +26,11 @@ MapRecord = dict[str, Any]
 def candidate(group: str) -> str:
     """Branch of a finished map that is held back."""
     return f"candidate-{group}"
+
+
+def map_key(record: MapRecord) -> str:
+    """A map's name among all maps of its city: the digest of what decides it, and when it was made (UTC)."""
+    return f"{record['digest']}-{datetime.fromisoformat(record['made']):%Y%m%dT%H%M%S}"
 
 
 def maps_path(city: City) -> Path:
@@ -53,6 +59,11 @@ class MapReader:
             raise NothingPublishedError(f"{maps_path(city)}: holds no {group} yet; run `roadfuse refresh` first")
         self.folder, self.group = root[group], group
         self.record: MapRecord = dict(self.folder.attrs["record"])
+
+    @property
+    def key(self) -> str:
+        """The map's name among all maps of its city."""
+        return map_key(self.record)
 
     @property
     def arrays(self) -> list[str]:

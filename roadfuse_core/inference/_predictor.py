@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from roadfuse_core.cubes import Layer
 from roadfuse_core.errors import ConfigError
+from roadfuse_core.grid import TaughtCity
 from roadfuse_core.models import Prediction, fold_norms, load_checkpoint, read_checkpoint_info
 from roadfuse_core.settings import City
 
@@ -36,6 +37,7 @@ __all__ = [
     "normalise_image",
     "predictor_of",
     "read_facts",
+    "read_kde",
     "require_target",
     "resolve_weights",
 ]
@@ -66,7 +68,7 @@ class PredictorFacts:
 def read_facts(ref: PredictorRef, resolution_m: float) -> PredictorFacts:
     """What the predictor behind a file takes and gives."""
     if ref.path.suffix != ".safetensors":
-        kde = KdePredictor(_read_kde(ref.path), resolution_m)
+        kde = KdePredictor(read_kde(ref.path), resolution_m)
         return PredictorFacts(kde.layers, kde.rasters, kde.window_px, kde.planes)
     info = read_checkpoint_info(ref.path)
     layers = tuple(Layer.model_validate(layer) for layer in info.layers)
@@ -141,6 +143,7 @@ class KdeModel(BaseModel):
         sigma_m: Standard deviation of the kernel, metres.
         threshold_per_m2: Points per square metre from which a pixel is road.
         tuned_on: Which tiles of which city decided.
+        taught: The same for programs; None where it was tuned by an earlier version, or by other tiles than a rule's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -148,6 +151,7 @@ class KdeModel(BaseModel):
     sigma_m: float = Field(gt=0)
     threshold_per_m2: float = Field(gt=0)
     tuned_on: str
+    taught: tuple[TaughtCity, ...] | None = None
 
     def layer(self, resolution_m: float) -> Layer:
         """The density in points per square metre, as the cube renders it."""
@@ -343,11 +347,16 @@ def resolve_weights(weights: str, root: Path) -> PredictorRef:
     if path.suffix == ".safetensors":
         read_checkpoint_info(path)
     else:
-        _read_kde(path)
+        read_kde(path)
     return PredictorRef(path=path, digest=blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest(8))
 
 
-def _read_kde(path: Path) -> KdeModel:
+def read_kde(path: Path) -> KdeModel:
+    """A tuned kernel density.
+
+    Raises:
+        ConfigError: The file holds something else.
+    """
     try:
         return KdeModel.model_validate(json.loads(path.read_text()))
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -360,7 +369,7 @@ def load_predictor(ref: PredictorRef, resolution_m: float) -> Predictor:
     """The predictor behind a file, ready to run on this worker's device."""
     if ref.path.suffix == ".safetensors":
         return NetworkPredictor(ref, resolution_m)
-    return KdePredictor(_read_kde(ref.path), resolution_m)
+    return KdePredictor(read_kde(ref.path), resolution_m)
 
 
 @lru_cache(maxsize=2)

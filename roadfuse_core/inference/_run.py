@@ -28,6 +28,7 @@ from roadfuse_core.inference._blocks import (
     region_of,
     windows_of,
 )
+from roadfuse_core.inference._learnt import learnt_by
 from roadfuse_core.inference._map import MapReader, MapRecord, candidate, maps_path, prepare_map
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._scratch import BlockReport, Failure
@@ -176,7 +177,7 @@ def _publish(
         "precision": plan.calibration.precision, "batch": plan.calibration.batch, "windows": sum(r.windows for r in reports),
         "windows_possible": plan.of, "full": plan.standing is None, "why_full": plan.why,
         "nodata_px": nodata + grown[0], "road_px": road + grown[1], "failed": [[f.row, f.col, f.why] for f in failed],
-        "identity": plan.identity,
+        "learnt": learnt_by(plan.model, plan.evidence.grid).model_dump(mode="json"), "identity": plan.identity,
     }  # fmt: skip
     zarr.open_group(session.store)[group].attrs["record"] = record
     snapshot = str(session.commit(f"{group} by {plan.model.path.name}, {record['windows']} windows"))

@@ -1,5 +1,6 @@
 """Maps of roads, raster or lines, read as masks on the city's grid."""
 
+from roadfuse_core.labels._digest import labels_digest
 from roadfuse_core.labels._read import RoadMap, lanes_of, open_map, read_lines
 
-__all__ = ["RoadMap", "lanes_of", "open_map", "read_lines"]
+__all__ = ["RoadMap", "labels_digest", "lanes_of", "open_map", "read_lines"]

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from roadfuse_core.cubes import ledger
 from roadfuse_core.files import write_whole
 from roadfuse_core.inference import MapReader
-from roadfuse_core.metrics import CityScores
+from roadfuse_core.metrics import MapScores, describe_tiles
 from roadfuse_core.report._pictures import overview_pictures
 from roadfuse_core.settings import City
 
@@ -35,7 +35,7 @@ class Stage:
     seconds: float
 
 
-def write_report(city: City, scored: dict[str, CityScores], stages: list[Stage], files: dict[str, Path]) -> Path:
+def write_report(city: City, scored: dict[str, MapScores], stages: list[Stage], files: dict[str, Path]) -> Path:
     """One self-contained HTML page: pictures, scores, ledger, time by stage.
 
     Args:
@@ -53,7 +53,9 @@ def write_report(city: City, scored: dict[str, CityScores], stages: list[Stage],
     environment.filters["figure"] = lambda v: "–" if isinstance(v, float) and math.isnan(v) else f"{v:.3f}"
     grid = city.make_grid()
     page = environment.from_string(source).render(
-        city=city, grid=grid, record=record, pictures=overview_pictures(city), scored=scored, subsets=SUBSETS, stages=stages,
+        city=city, grid=grid, record=record, pictures=overview_pictures(city), subsets=SUBSETS,
+        scored={group: found.subsets for group, found in scored.items()},
+        tiles=describe_tiles(scored["map"]) if "map" in scored else "", stages=stages,
         longest=max((s.seconds for s in stages), default=1) or 1, dumps=ledger(city), files=files,
         km2=grid.shape[0] * grid.shape[1] * grid.resolution_m**2 / 1e6, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip

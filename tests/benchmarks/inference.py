@@ -131,7 +131,7 @@ def show_precision(city: City, folder: Path, runs: int) -> None:
     iou = []
     for chosen in both.values():
         infer(chosen, full=True)
-        iou.append(score_city(chosen)["all"]["g_iou"])
+        iou.append(score_city(chosen).subsets["all"]["g_iou"])
     compact = paired(runs, lambda: bare(both["32"], 64), lambda: bare(both["bf16"], 64))
     full = paired(runs, lambda: bare(large["32"], 16), lambda: bare(large["bf16"], 16))
     limit = paired(runs, lambda: convolution(torch.float32), lambda: convolution(torch.bfloat16))

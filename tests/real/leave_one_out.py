@@ -86,7 +86,7 @@ def main() -> None:
             for what, (weights, turns) in models.items():
                 scored = city.model_copy(update={"model": city.model.model_copy(update={"turns": turns})})
                 infer(scored, weights, "score", client, full=True)
-                found[what] = score_city(scored, "score", client=client)["all_near"]
+                found[what] = score_city(scored, "score", client=client).subsets["all_near"]
             base = next(iter(found.values()))["g_iou"]
             for what, scores in found.items():
                 print(json.dumps({"city": name, "model": what, "g_iou near": round(scores["g_iou"], 4), "ratio": round(scores["g_iou"] / base, 3),

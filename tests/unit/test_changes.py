@@ -330,11 +330,11 @@ def test_scores_on_dask_are_those_of_numpy_over_the_whole_mosaic(city):
         truth = source.read(1) > 0
     road = layers(city)["road"] == 1
     tp, fp, fn = int((road & truth).sum()), int((road & ~truth).sum()), int((~road & truth).sum())
-    assert found["all"]["g_iou"] == tp / (tp + fp + fn)
+    assert found.subsets["all"]["g_iou"] == tp / (tp + fp + fn)
     tiles = [Confusion(*(int(m[r : r + 128, c : c + 128].sum()) for m in (road & truth, road & ~truth, ~road & truth, ~road & ~truth)))
              for r in range(0, 512, 128) for c in range(0, 512, 128)]  # fmt: skip
     plain = scores(tiles)
-    assert (found["all"]["a_iou"], found["all"]["a_iou_batch8"]) == (plain.a_iou, plain.a_iou_batch8)
+    assert (found.subsets["all"]["a_iou"], found.subsets["all"]["a_iou_batch8"]) == (plain.a_iou, plain.a_iou_batch8)
 
 
 def test_bf16_is_taken_only_where_it_changes_next_to_nothing(city, monkeypatch):

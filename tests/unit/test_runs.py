@@ -372,7 +372,7 @@ def test_a_network_finds_the_class_that_its_last_stage_taught(city, tmp_path):
         ("buildings", blocks > 0),
         ("roads", open_map(there, *there.truth, grid).window(0, 0, *grid.shape)[0]),
     ):
-        scored = score_city(there.model_copy(update={"target": target}))["all"]["g_iou"]
+        scored = score_city(there.model_copy(update={"target": target})).subsets["all"]["g_iou"]
         assert scored == pytest.approx((found & truth).sum() / (found | truth).sum())
     with pytest.raises(ConfigError, match="has no labels"):
         run_suite([city], [done.checkpoint], tmp_path / "suite")
