@@ -24,7 +24,7 @@ from roadfuse_core.errors import DataError, StoreError
 from roadfuse_core.grid import Block, Grid, Lattice
 from roadfuse_core.inference._coverage import pixels_of
 from roadfuse_core.inference._evidence import Evidence, reach_px, read_region
-from roadfuse_core.inference._predictor import Predictor, PredictorRef, predictor_of
+from roadfuse_core.inference._predictor import DeviceFullError, Predictor, PredictorRef, predictor_of
 from roadfuse_core.inference._scratch import BlockReport, Failure, left_report, save_block
 from roadfuse_core.mosaic import NODATA, Accumulator
 
@@ -157,6 +157,9 @@ def predict_block(job: BlockJob, ahead: Future[_Read | BlockReport], writer: Exe
 
     Returns:
         The report, when the file is there.
+
+    Raises:
+        DeviceFullError: A batch of more than one window does not fit the device.
     """
     predictor = predictor_of(job.model, job.evidence.grid.resolution_m)
     region = region_of(job.lattice, job.block)
@@ -168,6 +171,8 @@ def predict_block(job: BlockJob, ahead: Future[_Read | BlockReport], writer: Exe
         failed: list[Failure] = []
         done = _predict(job, predictor, region, windows_of(job), out, writer, found)
     except FAULTS as error:
+        if isinstance(error, DeviceFullError) and job.batch > 1:
+            raise
         if not job.lenient:
             report = BlockReport(0, tuple(Failure(*p, _line(error)) for p in windows_of(job)), _address())
             return writer.submit(lambda: report)
@@ -219,6 +224,8 @@ def _one_by_one(job: BlockJob, predictor: Predictor, out: Accumulator, writer: E
         try:
             done += _predict(job, predictor, Block(row, col, row + size, col + size), [(row, col)], out, writer)
         except FAULTS as error:
+            if isinstance(error, DeviceFullError) and job.batch > 1:
+                raise
             failed.append(Failure(row, col, _line(error)))
     return done, failed
 

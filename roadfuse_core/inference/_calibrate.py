@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from roadfuse_core.files import write_whole
-from roadfuse_core.inference._predictor import Precision, Predictor, PredictorRef, device_name, load_predictor
+from roadfuse_core.errors import ConfigError
+from roadfuse_core.files import DamagedFileError, read_record, write_record
+from roadfuse_core.inference._predictor import (
+    DeviceFullError,
+    Precision,
+    Predictor,
+    PredictorRef,
+    device_name,
+    free_memory,
+    load_predictor,
+)
 from roadfuse_core.settings import ModelSpec
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "halve_batch"]
 
 log = logging.getLogger(__name__)
 CPU_BATCHES, GPU_BATCHES = (1, 2, 4, 8), (8, 16, 32, 64, 128)
@@ -69,23 +77,73 @@ def calibrate(
         resolution_m: Of the city.
         sample: Some windows of the city, (N, H, W, channels) each, as they are read.
         folder: Of calibrations.
+
+    Raises:
+        ConfigError: No batch, or not the one that is asked for, fits the device.
     """
+    path, software = _file(ref, spec, folder), software_versions()
+    kept = _kept(path)
+    if kept and kept.software == software:
+        return kept
+    try:
+        found = _measure(ref, spec, resolution_m, sample)
+    except (torch.OutOfMemoryError, DeviceFullError) as error:
+        fix = "take another device or a smaller network" if spec.batch is None else "lower model.batch"
+        raise ConfigError("model.batch", spec.batch, f"does not fit the memory of {device_name()}", fix) from error
+    finally:
+        free_memory()
+    log.info("%s on %s: batch %d, %s, %.1f ms a window", ref.path.stem, found.device, found.batch, found.precision,
+             1e3 * found.window_s)  # fmt: skip
+    write_record(path, asdict(found))
+    return found
+
+
+def _kept(path: Path) -> Calibration | None:
+    """What was measured before; None where there is nothing, or nothing of this form."""
+    try:
+        record = read_record(path)
+    except (FileNotFoundError, DamagedFileError):
+        return None
+    return Calibration(**record) if record.keys() == Calibration.__annotations__.keys() else None
+
+
+def halve_batch(now: Calibration, ref: PredictorRef, spec: ModelSpec, folder: Path, why: str) -> None:
+    """Keep half the batch from now on: a map by batches of two sizes would not equal one by a single size.
+
+    Args:
+        now: What did not fit.
+        ref: Its model.
+        spec: As in `calibrate`.
+        folder: Of calibrations.
+        why: What the device said.
+    """
+    path = _file(ref, spec, folder)
+    log.warning("%s: a batch of %d does not fit %s (%s); from now on %d. Remove %s to measure again",
+                ref.path.stem, now.batch, now.device, why, now.batch // 2, path)  # fmt: skip
+    write_record(path, asdict(replace(now, batch=now.batch // 2)))
+
+
+def _file(ref: PredictorRef, spec: ModelSpec, folder: Path) -> Path:
     asked = f"{ref.digest}-{device_name().replace(' ', '-')}-{spec.precision}-{spec.batch or 'auto'}{'-turns' * ref.turns}"
-    path, software = folder / f"{asked}.json", software_versions()
-    held = json.loads(path.read_text()) if path.is_file() else {}
-    if held.keys() == Calibration.__annotations__.keys() and held["software"] == software:
-        return Calibration(**held)
+    return folder / f"{asked}.json"
+
+
+def _measure(ref: PredictorRef, spec: ModelSpec, resolution_m: float, sample: dict[str, NDArray[Any]]) -> Calibration:
+    """Everything that is not asked for.
+
+    Raises:
+        DeviceFullError: No batch fits the device.
+    """
     precision, changed = _precision(ref, spec, resolution_m, sample)
     predictor = load_predictor(ref.model_copy(update={"precision": precision}), resolution_m)
     sizes = (spec.batch,) if spec.batch else GPU_BATCHES if torch.cuda.is_available() else CPU_BATCHES
     measured = {n: _window_seconds(predictor, sample, n) for n in sizes}
     fastest = min(measured.values())
+    if fastest == float("inf"):
+        raise DeviceFullError(f"batches of {', '.join(map(str, sizes))}")
     batch = next(n for n in sizes if measured[n] * ENOUGH <= fastest)
     memory = _network_bytes(predictor, sample, batch)
-    found = Calibration(device_name(), batch, precision, measured[batch], changed, memory, software)
-    log.info("%s on %s: batch %d, %s, %.1f ms a window", ref.path.stem, found.device, batch, precision, 1e3 * measured[batch])
-    write_whole(path, json.dumps(asdict(found)))
-    return found
+    return Calibration(device_name(), batch, precision, measured[batch], changed, memory, software_versions())
 
 
 def _precision(
@@ -119,7 +177,7 @@ def _window_seconds(predictor: Predictor, sample: dict[str, NDArray[Any]], batch
             began = time.perf_counter()
             predictor.predict(inputs)
             best = min(best, (time.perf_counter() - began) / batch) if run else best
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, DeviceFullError):
         return float("inf")
     return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from roadfuse_core.models import Prediction, fold_norms, load_checkpoint, read_c
 from roadfuse_core.settings import City
 
 __all__ = [
+    "DeviceFullError",
     "KdeModel",
     "Precision",
     "Predictor",
@@ -33,6 +35,7 @@ __all__ = [
     "PredictorRef",
     "choose_weights",
     "device_name",
+    "free_memory",
     "load_predictor",
     "normalise_image",
     "predictor_of",
@@ -44,6 +47,10 @@ __all__ = [
 
 SHIPPED = {"fused": "fused.safetensors", "image": "image.safetensors", "gps": "gps.safetensors", "kde": "kde.json"}
 Precision = Literal["32", "bf16"]
+
+
+class DeviceFullError(RuntimeError):
+    """A batch does not fit into the device's memory."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,25 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _same_bits() -> Iterator[None]:
+    """CuDNN's deterministic kernels, chosen without measurement; what runs on one stream is deterministic in cuBLAS anyway."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
+        yield
+
+
+def free_memory() -> None:
+    """Give back what nobody uses any more, on a GPU to others too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else "out of memory"
+
+
 def device_name() -> str:
     """What computes here, in words; calibrations are kept by it."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu-{torch.backends.cpu.get_cpu_capability()}"
@@ -226,18 +252,20 @@ class NetworkPredictor:
 
     @torch.inference_mode()
     def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        """One forward pass; halves the batch as often as the GPU's memory asks for."""
-        try:
-            with _one_thread():
-                return self._forward(inputs)
-        except torch.OutOfMemoryError:
-            n = len(next(iter(inputs.values())))
-            if n == 1:
-                raise
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        halves = [{k: v[part] for k, v in inputs.items()} for part in (slice(None, n // 2), slice(n // 2, None))]
-        return np.concatenate([self.predict(half) for half in halves])
+        """One forward pass, by kernels that give the same bits each time.
+
+        Raises:
+            DeviceFullError: The windows do not fit into the device's memory, also when it has been tidied.
+        """
+        for again in (False, True):
+            try:
+                with _one_thread(), _same_bits():
+                    return self._forward(inputs)
+            except torch.OutOfMemoryError as error:
+                if again:
+                    raise DeviceFullError(_first_line(error)) from None
+                free_memory()
+        raise AssertionError
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
         tensors = {}

@@ -28,9 +28,11 @@ from roadfuse_core.inference._blocks import (
     region_of,
     windows_of,
 )
+from roadfuse_core.inference._calibrate import halve_batch
 from roadfuse_core.inference._learnt import learnt_by
 from roadfuse_core.inference._map import MapReader, MapRecord, candidate, maps_path, prepare_map
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
+from roadfuse_core.inference._predictor import DeviceFullError
 from roadfuse_core.inference._scratch import BlockReport, Failure
 from roadfuse_core.settings import City
 from roadfuse_core.workspace import enter_workspace
@@ -55,8 +57,9 @@ def infer(
     """Bring a map up to date and publish it.
 
     Only windows that see something new since the standing map are predicted, with those that they blend with; the result
-    equals a full refresh, byte for byte. A map whose evidence and model have not changed stands as it is. A killed run goes
-    on with the blocks it has.
+    equals a full refresh, byte for byte. Where a batch does not fit the device any more, everything is predicted by half
+    of it, so that one map is made by one size. A map whose evidence and model have not changed stands as it is. A killed run
+    goes on with the blocks it has.
 
     Args:
         city: The city, ingested.
@@ -79,16 +82,22 @@ def infer(
     """
     enter_workspace(city.workspace_path)
     with committer_lock(city.workspace_path), storing(city.workspace_path):
-        plan = plan_refresh(city, weights, group, full)
-        if plan.standing and plan.standing["identity"] == plan.identity and not plan.standing["failed"]:
-            log.info("%s: nothing changed since %s", group, plan.standing["made"])
-            return plan.standing | {"unchanged": True}
-        if hold and (waiting := _waiting(city, group)) and waiting["identity"] == plan.identity and not waiting["failed"]:
-            return waiting | {"held": True}
-        scratch = city.workspace_path / "scratch" / f"{group}-{plan.digest}-{plan.block_px}"
-        scratch.mkdir(parents=True, exist_ok=True)
-        jobs = plan.jobs(scratch)
-        reports = _predict(plan, jobs, client, tell)
+        while True:
+            plan = plan_refresh(city, weights, group, full)
+            if plan.standing and plan.standing["identity"] == plan.identity and not plan.standing["failed"]:
+                log.info("%s: nothing changed since %s", group, plan.standing["made"])
+                return plan.standing | {"unchanged": True}
+            if hold and (waiting := _waiting(city, group)) and waiting["identity"] == plan.identity and not waiting["failed"]:
+                return waiting | {"held": True}
+            scratch = city.workspace_path / "scratch" / f"{group}-{plan.digest}-{plan.block_px}"
+            scratch.mkdir(parents=True, exist_ok=True)
+            jobs = plan.jobs(scratch)
+            try:
+                reports = _predict(plan, jobs, client, tell)
+                break
+            except DeviceFullError as error:
+                halve_batch(plan.calibration, plan.model, city.model, city.workspace_path / "calibration", str(error))
+                shutil.rmtree(scratch)
         failed = [f for report in reports for f in report.failed]
         _tell_failures(city, group, failed, allow_incomplete)
         record = _publish(city, plan, group, jobs, reports, failed, client, tell, hold)
