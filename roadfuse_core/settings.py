@@ -68,10 +68,25 @@ class ColumnSpec(_Spec):
     lon: str = Field(description="longitude, or x of a projected `crs`")
     lat: str = Field(description="latitude, or y of a projected `crs`")
     time: str | None = Field(None, description="time stamp; without it `period` must be `all`")
-    vehicle: str | None = Field(None, description="vehicle or trip; `filename` means one vehicle a file")
+    vehicle: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="vehicle or trip; `filename` means one vehicle a file; `[filename, id]` one for each file and id"
+    )
     speed: str | None = Field(None, description="speed in `speed_unit`")
     bearing: str | None = Field(None, description="degrees clockwise from north")
     interval: str | None = Field(None, description="seconds since the vehicle's previous sample; derived if absent")
+
+    @property
+    def vehicles(self) -> tuple[str, ...]:
+        """The columns that name a vehicle together; none where the city names no vehicle."""
+        if self.vehicle is None:
+            return ()
+        return (self.vehicle,) if isinstance(self.vehicle, str) else self.vehicle
+
+    def named(self) -> list[tuple[str, str]]:
+        """Key and column of everything that files hold: `filename` is no column of theirs."""
+        single = ("lon", "lat", "time", "speed", "bearing", "interval")
+        pairs = [(key, getattr(self, key)) for key in single] + [("vehicle", column) for column in self.vehicles]
+        return [(key, column) for key, column in pairs if column is not None and column != "filename"]
 
 
 class CsvSpec(_Spec):

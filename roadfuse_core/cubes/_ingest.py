@@ -111,7 +111,7 @@ def ingest(
 def _digest(spec: PointsSpec, grid: Grid, rows_per_slice: int) -> str:
     """Names the settings that decide a shard's content, so that shards of other settings are never reused."""
     settings = spec.model_dump(mode="json", exclude={"sources"})
-    text = json.dumps(["samples", settings, grid.__dict__, rows_per_slice], sort_keys=True)
+    text = json.dumps(["samples 2", settings, grid.__dict__, rows_per_slice], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

@@ -172,9 +172,6 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     versions = _hashes(every.values())
     known_files, files = _split(find_sources(city, patterns), versions, held)
     known = [f.label for f in known_files]
-    if needs_vehicles(points_of(city)) and len({f.is_parquet for f in files}) > 1:
-        raise ConfigError("points.sources", patterns or list(points_of(city).sources), "mix Parquet and text",
-                          "ingest them apart, so that each vehicle is seen whole")  # fmt: skip
     counted = check_columns(city, files)
     new: list[dict[str, Any]] = []
     for f, rows in zip(identify(files, versions), counted, strict=True):

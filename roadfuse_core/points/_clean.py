@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from roadfuse_core.grid import Grid, PixelProjection
 from roadfuse_core.grid._projection import cubic, horner
 from roadfuse_core.points._read import Rows
+from roadfuse_core.points._vehicles import NO_VEHICLE
 from roadfuse_core.settings import CleanSpec
 
 __all__ = ["Placed", "Reason", "judge_rows", "judge_vehicles"]
@@ -116,9 +117,9 @@ def _judge_rows(
 def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, resolution_m: float, derive: bool) -> Floats:
     """Vehicle-local rules: repeated rows, and samples that imply an impossible speed.
 
-    A sample is a teleport when it is too far from the last accepted one, unless the next sample confirms it (then the
-    vehicle was somewhere else in between: it is kept, without an interval). The first sample of a vehicle is a
-    teleport when the next two agree with each other and not with it.
+    Rows without a vehicle have no neighbours and stay as they are. A sample is a teleport when it is too far from the last
+    accepted one, unless the next sample confirms it (then the vehicle was somewhere else in between: it is kept, without
+    an interval). The first sample of a vehicle is a teleport when the next two agree with each other and not with it.
 
     Args:
         rows: Sorted by vehicle, time and all other columns.
@@ -132,6 +133,8 @@ def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, resolution_m: f
     """
     interval = np.full(len(rows.x), np.nan) if derive else rows.interval.copy()
     limit = clean.teleport_kmh / 3.6 if clean.teleport_kmh else HUGE
+    if not len(rows.x):
+        return interval
     facts = np.stack([c for c in (rows.x, rows.y, rows.speed, rows.bearing, rows.interval) if len(c)], 1)
     _judge_vehicles(rows.vehicle, rows.time_us, facts, placed.col * resolution_m, placed.row * resolution_m, placed.reason,
                     clean.duplicates, limit, clean.max_gap_s, derive, interval)  # fmt: skip
@@ -169,7 +172,7 @@ def _next_kept(vehicle, t, facts, reason, i, duplicates):
 def _judge_vehicles(vehicle, t, facts, x, y, reason, duplicates, limit, max_gap_s, derive, interval):  # noqa: C901
     last, before = -1, -1
     for i in range(len(vehicle)):
-        if reason[i] != 0:
+        if reason[i] != 0 or vehicle[i] == NO_VEHICLE:
             continue
         if last >= 0 and vehicle[last] != vehicle[i]:
             last = -1

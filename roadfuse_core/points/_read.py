@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from roadfuse_core.errors import DataError
+from roadfuse_core.points._vehicles import NO_VEHICLE, quoted, vehicle_number
 from roadfuse_core.settings import PointsSpec
 
 __all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_batches", "read_rows", "shuffle_rows", "time_span"]
@@ -35,7 +36,7 @@ class Rows:
     """Rows as read, nothing judged yet.
 
     Attributes:
-        vehicle: (n,) int64, a hash; length 0 where rows are judged alone.
+        vehicle: (n,) int64, a hash, -1 where a row names no vehicle; length 0 where rows are judged alone.
         x: (n,) longitude or easting; NaN where absent or not a number.
         y: (n,) latitude or northing.
         time_us: (n,) int64 microseconds since 1970 UTC; the smallest int64 where absent; length 0 without the column.
@@ -168,7 +169,9 @@ def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scrat
         query, parameters = _query(connection, spec, part, True, unsorted=True)
         layout = "FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE 16384"
         out = str(unfinished).replace("'", "''")
-        bucketed = f"SELECT *, (vehicle % {int(buckets)})::INTEGER AS bucket FROM ({query}) ORDER BY bucket"
+        # Rows without a vehicle have no neighbours: any bucket is theirs, and none gets all of them.
+        spread = f"CASE WHEN vehicle = {NO_VEHICLE} THEN row_number() OVER () ELSE vehicle END"
+        bucketed = f"SELECT *, ({spread} % {int(buckets)})::INTEGER AS bucket FROM ({query}) ORDER BY bucket"
         connection.execute(f"COPY ({bucketed}) TO '{out}' ({layout})", parameters)
     unfinished.rename(target)
 
@@ -194,25 +197,66 @@ def _query(
 ) -> tuple[str, list[object]]:
     """SQL for a part's rows in plain columns."""
     if part.bucket is not None:
-        source, parameters = "read_parquet(?)", list[object]([list(part.paths)])
-        chosen = {name: f'"{name}"' for name in _columns(spec, {}, ordered)}
-        where = f"WHERE bucket = {int(part.bucket)}"
+        rows, parameters = _bucket_query(spec, part, ordered)
     else:
-        source, parameters = _source(spec, part)
-        described = connection.execute(f"DESCRIBE SELECT * FROM {source}", parameters).fetchall()
+        rows, parameters = _files_query(connection, spec, part, ordered)
+    if not ordered or unsorted:
+        return rows, parameters
+    chosen = _columns(spec, {}, ordered)
+    keys = [quoted(k) for k in ("vehicle", "time_us", "x", "y", "speed", "bearing", "interval") if k in chosen]
+    return f"{rows} ORDER BY {', '.join(keys)}", parameters
+
+
+def _bucket_query(spec: PointsSpec, part: Part, ordered: bool) -> tuple[str, list[object]]:
+    """SQL for a bucket of shuffled files, whose columns are plain already."""
+    names = ", ".join(quoted(name) for name in _columns(spec, {}, ordered))
+    return f"SELECT {names} FROM read_parquet(?) WHERE bucket = {part.bucket}", [list(part.paths)]
+
+
+def _files_query(
+    connection: duckdb.DuckDBPyConnection, spec: PointsSpec, part: Part, ordered: bool
+) -> tuple[str, list[object]]:
+    """SQL for files as they came, each cast from its own types: a type that several agree on would change values."""
+    queries = list[str]()
+    parameters = list[object]()
+    for paths in _alike(connection, spec, part.paths):
+        source, values = _source(spec, Part(paths, part.rows))
+        described = connection.execute(f"DESCRIBE SELECT * FROM {source}", values).fetchall()
         chosen = _columns(spec, {row[0]: row[1] for row in described}, ordered)
         where = "WHERE file_row_number >= {} AND file_row_number < {}".format(*map(int, part.rows)) if part.rows else ""
-    keys = [f'"{k}"' for k in ("vehicle", "time_us", "x", "y", "speed", "bearing", "interval") if k in chosen]
-    order = f"ORDER BY {', '.join(keys)}" if ordered and not unsorted else ""
-    selected = ", ".join(f'{text} AS "{name}"' for name, text in chosen.items())
-    return f"SELECT {selected} FROM {source} {where} {order}", parameters
+        selected = ", ".join(f"{text} AS {quoted(name)}" for name, text in chosen.items())
+        queries.append(f"SELECT {selected} FROM {source} {where}")
+        parameters += values
+    return " UNION ALL ".join(queries), parameters
+
+
+def _alike(connection: duckdb.DuckDBPyConnection, spec: PointsSpec, paths: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Files in groups of equal types in the columns that the city names; text has but one type."""
+    if len(paths) == 1 or not _is_parquet(paths[0]):
+        return [paths]
+    names = {column for _, column in spec.columns.named()}
+    schema = connection.execute(
+        "SELECT file_name, name, type, converted_type, logical_type, scale, precision FROM parquet_schema(?)", [list(paths)]
+    ).fetchall()
+    types = {path: list[tuple[str, ...]]() for path in paths}
+    for path, name, *facts in schema:
+        if name in names:
+            types[path].append((name, *map(str, facts)))
+    groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for path, kinds in types.items():
+        groups.setdefault(tuple(sorted(kinds)), []).append(path)
+    return [tuple(group) for group in groups.values()]
+
+
+def _is_parquet(path: str) -> bool:
+    return path.lower().endswith((".parquet", ".pq"))
 
 
 def _columns(spec: PointsSpec, types: dict[str, str], ordered: bool) -> dict[str, str]:
     """SQL of each plain column that the city names."""
     c, factor = spec.columns, METRES_PER_SECOND[spec.speed_unit]
     columns = {
-        "vehicle": f"(hash({_name(c.vehicle)}) >> 1)::BIGINT" if ordered and c.vehicle else None,
+        "vehicle": vehicle_number(c.vehicles, types) if ordered and c.vehicle else None,
         "x": _number(c.lon, types),
         "y": _number(c.lat, types),
         "time_us": _time(spec, types) if c.time else None,
@@ -225,8 +269,8 @@ def _columns(spec: PointsSpec, types: dict[str, str], ordered: bool) -> dict[str
 
 def _source(spec: PointsSpec, part: Part) -> tuple[str, list[object]]:
     paths = list(part.paths)
-    named = "true" if spec.columns.vehicle == "filename" else "false"
-    if paths[0].lower().endswith((".parquet", ".pq")):
+    named = "true" if "filename" in spec.columns.vehicles else "false"
+    if _is_parquet(paths[0]):
         numbered = ", file_row_number = true" if part.rows else ""
         return f"read_parquet(?, union_by_name = true, filename = {named}, hive_partitioning = false{numbered})", [paths]
     csv = spec.csv
@@ -235,21 +279,19 @@ def _source(spec: PointsSpec, part: Part) -> tuple[str, list[object]]:
     # Without `auto_detect = false` DuckDB guesses quotes and line ends from a sample; columns are then named explicitly.
     if csv.header:
         return f"read_csv(?, {layout}, union_by_name = true)", [paths, csv.delimiter, ABSENT]
-    columns = ", ".join(f"{_name(n)}: 'VARCHAR'" for n in csv.names)
+    columns = ", ".join(f"{quoted(n)}: 'VARCHAR'" for n in csv.names)
     return f"read_csv(?, {layout}, auto_detect = false, columns = {{{columns}}})", [paths, csv.delimiter, ABSENT]
 
 
-def _name(column: str | None) -> str:
-    return '"' + (column or "").replace('"', '""') + '"'
-
-
 def _number(column: str | None, types: dict[str, str]) -> str:
-    kind = types.get(column or "", "VARCHAR")
-    return _name(column) if kind == "DOUBLE" else f"TRY_CAST({_name(column)} AS DOUBLE)"
+    if column is None:
+        return ""
+    kind = types.get(column, "VARCHAR")
+    return quoted(column) if kind == "DOUBLE" else f"TRY_CAST({quoted(column)} AS DOUBLE)"
 
 
 def _time(spec: PointsSpec, types: dict[str, str]) -> str:
-    column, unit = _name(spec.columns.time), {"s": 1e6, "ms": 1e3}[spec.time_unit]
+    column, unit = quoted(spec.columns.time or ""), {"s": 1e6, "ms": 1e3}[spec.time_unit]
     numeric = f"TRY_CAST(round(TRY_CAST({column} AS DOUBLE) * {unit!r}) AS BIGINT)"
     stamp = f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ))"
     kind = types.get(spec.columns.time or "", "VARCHAR")

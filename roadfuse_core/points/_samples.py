@@ -166,7 +166,8 @@ def _collect(
             known = speed[i] >= 0 and speed[i] < 2e6  # false for NaN
             speeds[n] = np.int32(np.rint(speed[i] * 1000)) if known else -1
         if len(bearings):
-            known = abs(bearing[i]) <= 720
+            # Below zero is west of north; -1 and numbers beyond a circle, such as 511, are what devices write for unknown.
+            known = bearing[i] >= -180 and bearing[i] <= 360 and bearing[i] != -1
             bearings[n] = np.int64(np.rint(bearing[i] * 100)) % 36_000 if known else -1
         if len(intervals):
             known = interval[i] >= 0 and interval[i] <= 1e6

@@ -327,11 +327,6 @@ def check_columns(city: City, files: list[SourceFile]) -> list[int | None]:
     return _by_path(files, rows)
 
 
-def _wanted(city: City) -> dict[str, str]:
-    named = _points(city).columns.model_dump(exclude_none=True)
-    return {k: v for k, v in named.items() if v != "filename"}
-
-
 def _check_parquet(city: City, file: SourceFile, opener: _Opener) -> int:
     if file.member:
         raise ConfigError("points.sources", file.label, "is Parquet inside a zip", "unpack it; Parquet is compressed")
@@ -342,13 +337,15 @@ def _check_parquet(city: City, file: SourceFile, opener: _Opener) -> int:
     except (pa.ArrowInvalid, OSError) as error:
         short = str(error).split(". ")[0]
         raise DataError(f"points.sources: {file.path} is not readable Parquet ({short}); write or copy it again") from error
-    for key, column in _wanted(city).items():
+    for key, column in _points(city).columns.named():
         _check_name(key, column, schema.names, file)
         kind = schema.field(column).type
         numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         time = key == "time" and (pa.types.is_temporal(kind) and not pa.types.is_time(kind))
-        if key != "vehicle" and not (numeric or text or time):
+        # A writer that saw no value in a whole file knows no type.
+        empty = pa.types.is_null(kind)
+        if key != "vehicle" and not (numeric or text or time or empty):
             raise ConfigError(f"points.columns.{key}", column, f"has type {kind} in {file.path}", "name a column of numbers")
     return int(footer.num_rows)
 
@@ -375,7 +372,7 @@ def _check_text(city: City, file: SourceFile, opener: _Opener) -> None:
         names = [n.strip().strip('"').lstrip("\ufeff") for n in _first_line(file, opener).split(spec.delimiter)]
     elif not names:
         raise ConfigError("points.csv.names", names, "is empty for a file without a header", "list the columns in order")
-    for key, column in _wanted(city).items():
+    for key, column in _points(city).columns.named():
         _check_name(key, column, names, file)
 
 

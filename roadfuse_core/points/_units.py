@@ -14,6 +14,7 @@ from numba import njit
 
 from roadfuse_core.points._clean import Placed, Reason
 from roadfuse_core.points._read import METRES_PER_SECOND, Rows
+from roadfuse_core.points._vehicles import NO_VEHICLE
 
 __all__ = ["SpeedBreak", "SpeedRatios", "find_speed_break"]
 
@@ -58,7 +59,7 @@ class SpeedRatios:
 def _ratios(vehicle, t, speed, x, y, unit, reason, day, place):
     n, last = 0, -1
     for i in range(len(vehicle)):
-        if reason[i] != KEPT and reason[i] != OUTSIDE:
+        if (reason[i] != KEPT and reason[i] != OUTSIDE) or vehicle[i] == NO_VEHICLE:
             continue
         if last >= 0 and vehicle[last] == vehicle[i] and speed[i] > 0:
             seconds = (t[i] - t[last]) / 1e6
