@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from roadfuse_core.grid import Grid
 from roadfuse_core.points import read_report
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.simulate import CityKnobs, DirtKnobs, simulate_city
+from tests.stopping import Stopped
 from tests.unit.test_points import totals
 
 
@@ -225,43 +225,35 @@ def test_a_truncated_file_leaves_the_cube_as_it_was(small_city):
     assert contents(small_city) == before
 
 
-def _killed_ingest(city: City, delay_s: float) -> None:
-    """Start `roadfuse ingest` in a process group and kill it all after a while."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "ingest", str(city.root / "city.yaml")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    time.sleep(delay_s)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+# Small parts and blocks, so that there is a middle to stop in.
+SMALL_JOBS = "from roadfuse_core.cubes import _plan, _reduce; _plan.ROWS_PER_SLICE = 2500; _reduce.BLOCK_TILES = 4"
 
 
-def _survives_kills(city: City, delays: list[float]) -> None:
-    ingest(fresh(city, "undisturbed"))
-    expected = contents(fresh(city, "undisturbed"))
-    for delay in delays:
-        shutil.rmtree(city.workspace_path, ignore_errors=True)
-        _killed_ingest(city, delay)
-        try:
-            partial = contents(city)
-        except (StoreError, KeyError):
-            partial = None
-        assert partial is None or partial == expected or not any(partial.values())
-        ingest(city)
-        assert contents(city) == expected
-        assert len(ledger(city)) == 1
-        kept = {p.name for p in (city.workspace_path / "shards").iterdir()}
-        assert kept == {e["shards"] for e in ledger(city).values()}
+@pytest.mark.parametrize(
+    ("what", "least", "shards"),
+    [("shuffling vehicles", 1, 0), ("reading points", 1, 1), ("writing blocks", 1, 4)],
+)
+def test_killed_and_run_again_equals_undisturbed(small_city, undisturbed, what, least, shards):
+    running = Stopped(what, least, ["ingest", small_city.root / "city.yaml"], SMALL_JOBS)
+    assert len(list((small_city.workspace_path / "shards").glob("*/shard-*.json"))) >= shards, "the work was under way"
+    running.kill()
+    assert ledger(small_city) == {}, "nothing was published"
+    ingest(small_city)
+    assert contents(small_city) == undisturbed
+    assert len(ledger(small_city)) == 1
+    kept = {p.name for p in (small_city.workspace_path / "shards").iterdir()}
+    assert kept == {e["shards"] for e in ledger(small_city).values()}
 
 
-def test_killed_and_run_again_equals_undisturbed(small_city):
-    _survives_kills(small_city, [3.0, 5.0])
-
-
-@pytest.mark.slow
-def test_killed_at_twenty_random_moments(small_city):
-    rng = random.Random(7)
-    _survives_kills(small_city, [rng.uniform(1.0, 9.0) for _ in range(20)])
+@pytest.fixture(scope="session")
+def undisturbed(simulated, tmp_path_factory):
+    """The small city's cube."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "city.yaml").write_text((simulated / "city.yaml").read_text())
+    (folder / "dumps").symlink_to(simulated / "dumps")
+    city = load_city(folder / "city.yaml")
+    ingest(city)
+    return contents(city)
 
 
 def test_the_plan_says_what_is_new(small_city):
