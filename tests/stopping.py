@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+
+import psutil
 
 # The progress that a command shows is also where it can be stopped: at the first report of a job that has come so far.
 COMMAND = """
@@ -53,12 +54,8 @@ class Stopped:
 
     def workers(self) -> list[int]:
         """Process numbers of Dask's workers."""
-        found = [self.process.pid]
-        for pid in found:
-            tasks = Path(f"/proc/{pid}/task/{pid}/children")
-            found += [int(child) for child in tasks.read_text().split()]
-        names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found[1:]}
-        return [pid for pid, name in names.items() if b"spawn_main" in name]
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [child.pid for child in found if any("spawn_main" in part for part in child.cmdline())]
 
     def kill(self) -> None:
         """Take the process and all its workers away, in the midst of their work."""

@@ -29,6 +29,7 @@ from roadfuse_core.inference import _plan as planning
 from roadfuse_core.inference import _predictor as predictors
 from roadfuse_core.mosaic import NODATA
 from roadfuse_core.settings import City, ClusterSpec
+from tests.stopping import Stopped
 from tests.unit.test_changes import assert_equal_to_a_full_one, city, gated, layers, same  # noqa: F401
 
 
@@ -183,24 +184,6 @@ def test_too_little_memory_is_refused_with_both_numbers(city):
         infer(small)
 
 
-def _start(city: City, workers: int = 2) -> subprocess.Popen[bytes]:
-    code = f"""
-import sys
-from pathlib import Path
-from roadfuse_core.cluster import open_cluster
-from roadfuse_core.inference import infer, _plan
-from roadfuse_core.settings import ClusterSpec, load_city
-if __name__ == "__main__":
-    _plan.BLOCK_PX = 128
-    with open_cluster(ClusterSpec(workers={workers})) as client:
-        infer(load_city(Path(sys.argv[1])), client=client)
-"""
-    script = city.root / "run.py"
-    script.write_text(code)
-    return subprocess.Popen([sys.executable, str(script), str(city.root / "city.yaml")], start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-
-
 def test_what_writes_is_refused_while_a_refresh_runs_and_the_map_comes_out_right(city):
     """Expiry, rollback, release, an ingest and another refresh, while another process is in the middle of one."""
     for day in (29, 30):
@@ -258,13 +241,26 @@ def test_expiry_sweeps_the_blocks_of_a_refresh_that_never_went_on(city):
     assert not (city.workspace_path / "scratch/map-0123456789abcdef").exists()
 
 
-def _children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
-    return [int(p) for p in found]
+# A refresh's stages of prediction, by themselves, under the command's own progress and cluster.
+INFER = """
+from flows import cli
+from roadfuse_core.cluster import open_cluster
+from roadfuse_core.inference import _plan, infer
+from roadfuse_core.settings import ClusterSpec, load_city
+from pathlib import Path
+
+def run():
+    with open_cluster(ClusterSpec(workers=2)) as client, ConsoleProgress() as tell:
+        infer(load_city(Path(sys.argv[1])), client=client, tell=tell)
+
+_plan.BLOCK_PX = 128
+cli.app = run
+"""
 
 
-def _survives(city: City, delays: list[float], monkeypatch, whom: str) -> None:
-    """Kill, look, run again; a reader that polls all the while sees whole maps alone."""
+@pytest.fixture
+def two_maps(city, monkeypatch):
+    """A city with a published map, and new points; what readers see now, and what the next map must be."""
     monkeypatch.setattr(planning, "BLOCK_PX", 128)
     ingest(city, ["dumps/2026-03-29.parquet"])
     infer(city)
@@ -272,53 +268,73 @@ def _survives(city: City, delays: list[float], monkeypatch, whom: str) -> None:
     ingest(city, ["dumps/2026-03-30.parquet", "dumps/2026-03-31.parquet"])
     infer(city, group="expected", full=True)
     expected = layers(city, "expected")
-    shutil.copytree(maps_path(city), city.root / "maps-before")
+    assert not same(before, expected)
+    return before, expected
+
+
+def _reading_all_the_while(city: City, before, expected, act) -> None:
+    """A reader that polls while something happens sees whole maps alone."""
     seen, stop = [], threading.Event()
 
     def poll():
         while not stop.is_set():
-            try:
-                found = layers(city)
-            except (StoreError, FileNotFoundError, KeyError):
-                continue
-            seen.append(same(found, before) or same(found, expected))
-            time.sleep(0.05)
+            found = layers(city)
+            seen.append("before" if same(found, before) else "after" if same(found, expected) else "neither")
+            stop.wait(0.05)
 
-    for delay in delays:
-        shutil.rmtree(maps_path(city))
-        shutil.copytree(city.root / "maps-before", maps_path(city))
-        stop.clear()
-        reader = threading.Thread(target=poll)
-        reader.start()
-        process = _start(city)
-        time.sleep(delay)
-        if whom == "client":
-            os.killpg(process.pid, signal.SIGKILL)
-        elif workers := [w for w in _children(process.pid) for w in [w, *_children(w)] if w != process.pid]:
-            os.kill(random.Random(delay).choice(workers[1:] or workers), signal.SIGKILL)
-        process.wait(120)
+    reader = threading.Thread(target=poll)
+    reader.start()
+    try:
+        act()
+    finally:
         stop.set()
         reader.join()
-        assert same(layers(city), before) or same(layers(city), expected)
-        infer(city)
-        assert same(layers(city), expected)
-    assert seen
-    assert all(seen)
+    assert "before" in seen
+    assert "neither" not in seen
 
 
-def test_killed_and_run_again_gives_the_same_map(city, monkeypatch):
-    _survives(city, [4.0], monkeypatch, "client")
+def _dies_and_is_run_again(city: City, before, expected, what: str, least: int) -> None:
+    def kill():
+        Stopped(what, least, [city.root / "city.yaml"], INFER).kill()
+
+    _reading_all_the_while(city, before, expected, kill)
+    assert same(layers(city), before), "nothing was published"
+    assert list((city.workspace_path / "scratch").glob("map-*/*.safetensors")), "the work was under way"
+    infer(city)
+    assert same(layers(city), expected)
 
 
-def test_a_killed_worker_costs_nothing_but_time(city, monkeypatch):
-    _survives(city, [5.0], monkeypatch, "worker")
+def _loses_a_worker(city: City, before, expected, what: str, least: int) -> None:
+    def kill_one():
+        running = Stopped(what, least, [city.root / "city.yaml"], INFER)
+        assert len(running.workers()) == 2
+        os.kill(running.workers()[0], signal.SIGKILL)
+        assert running.go_on() == 0
+
+    _reading_all_the_while(city, before, expected, kill_one)
+    assert same(layers(city), expected)
+
+
+@pytest.mark.parametrize("what", ["predicting windows", "writing the mosaic"])
+def test_killed_and_run_again_gives_the_same_map(city, two_maps, what):
+    _dies_and_is_run_again(city, *two_maps, what, 1)
+
+
+@pytest.mark.parametrize("what", ["predicting windows", "writing the mosaic"])
+def test_a_killed_worker_costs_nothing_but_time(city, two_maps, what):
+    _loses_a_worker(city, *two_maps, what, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["client", "worker"])
-def test_killed_at_random_moments(city, monkeypatch, whom):
+@pytest.mark.parametrize("happens", [_dies_and_is_run_again, _loses_a_worker])
+def test_killed_at_random_moments(city, two_maps, happens):
     rng = random.Random(5)
-    _survives(city, [rng.uniform(2.0, 9.0) for _ in range(8)], monkeypatch, whom)
+    shutil.copytree(maps_path(city), city.root / "maps-before")
+    for _ in range(8):
+        shutil.rmtree(maps_path(city))
+        shutil.copytree(city.root / "maps-before", maps_path(city))
+        what, most = rng.choice([("predicting windows", 200), ("writing the mosaic", 12)])
+        happens(city, *two_maps, what, rng.randrange(1, most))
 
 
 def test_a_lost_scheduler_is_told_and_the_work_is_kept(city, monkeypatch, scheduler):
