@@ -143,7 +143,7 @@ class PointsSpec(_Spec):
 class ImagerySpec(_Spec):
     """Aerial or satellite images, or another raster, in any CRS and resolution."""
 
-    sources: tuple[str, ...] = Field(min_length=1, description="files or globs that GDAL reads")
+    sources: tuple[str, ...] = Field(min_length=1, description="files, folders or globs of rasters on this machine")
     crs: str | None = Field(None, description="CRS, where the files do not say (a PNG with a world file)")
     nodata: float | None = Field(None, description="value of missing pixels where the files do not say")
     value_range: tuple[float, float] | None = Field(None, description="values shown as black and white; 0, 255 for bytes")

@@ -1,4 +1,4 @@
-"""Warped windows through rasterio's WarpedVRT and rioxarray."""
+"""Windows of images on the grid, through rasterio's WarpedVRT."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import rasterio
-import rioxarray
 from affine import Affine
 from numpy.typing import NDArray
-from pyproj import CRS, Transformer
-from pyproj.exceptions import CRSError
+from odc.geo.geobox import GeoBox
+from pyproj import CRS
+from rasterio.dtypes import in_dtype_range
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioIOError
+from rasterio.errors import NodataShadowWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Bounds, Grid
+from roadfuse_core.imagery._open import RASTER_SUFFIXES, Raster, open_raster
 from roadfuse_core.imagery._parts import FilePart, parts_of
 from roadfuse_core.settings import City, ImagerySpec
 
-__all__ = ["ImageFile", "ImageryReader", "RasterKey", "find_imagery", "identify", "open_raster", "warped"]
+__all__ = ["ImageFile", "ImageryReader", "RasterKey", "find_imagery", "identify", "read_warped"]
 
 RasterKey = Literal["imagery", "lidar"]
 
 SQUARE = 512
+# What GDAL and others keep beside an image.
+COMPANIONS = (".ovr", ".msk", ".xml", ".aux", ".prj", ".tfw", ".tifw", ".wld", ".pgw", ".jgw", ".j2w", ".bpw", ".gfw", ".hdr")
 
 
 def find_imagery(city: City, key: RasterKey = "imagery") -> list[str]:
     """Absolute paths of the city's images, sorted; empty if it has none.
+
+    Overviews, masks, world files and the like beside an image are not images.
 
     Args:
         city: The city.
@@ -48,11 +52,28 @@ def find_imagery(city: City, key: RasterKey = "imagery") -> list[str]:
     out: set[str] = set()
     spec: ImagerySpec | None = getattr(city, key)
     for text in spec.sources if spec else []:
-        paths = [p for p in glob.glob(str(city.path(text)), recursive=True) if Path(p).is_file()]
+        paths = _files_of(city.path(text))
         if not paths:
             raise ConfigError(f"{key}.sources", text, "matches no file", "correct the path or the pattern")
         out.update(paths)
     return sorted(out)
+
+
+def _files_of(source: Path) -> list[str]:
+    """Images behind a file, a folder with all that is below it, or a pattern."""
+    if source.is_file():
+        return [str(source)]
+    if source.is_dir():
+        return [str(p) for p in _below(source) if p.suffix.lower() in RASTER_SUFFIXES]
+    found = [p for p in map(Path, glob.glob(str(source), recursive=True)) if not p.name.lower().endswith(COMPANIONS)]
+    return [str(p) for p in found if p.is_file()]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files of a folder and of those within; hidden ones are nobody's data."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        yield from (Path(place, f) for f in sorted(files) if not f.startswith("."))
 
 
 class ImageFile(NamedTuple):
@@ -77,49 +98,97 @@ def identify(paths: Sequence[str]) -> tuple[ImageFile, ...]:
     return tuple(ImageFile(p, s.st_size, s.st_mtime_ns, parts_of(p)) for p, s in zip(paths, stats, strict=True))
 
 
-@contextmanager
-def open_raster(path: str, key: str, crs: str | None) -> Iterator[tuple[DatasetReader, str]]:
-    """A raster and the CRS it is in.
-
-    Raises:
-        DataError: GDAL cannot read the file.
-        ConfigError: Neither the file nor the setting states a CRS.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        try:
-            source = rasterio.open(path)
-        except RasterioIOError as error:
-            raise DataError(f"{key}: {path} is not a readable raster ({error}); copy it again") from error
-    with source:
-        stated = crs or (source.crs.to_wkt() if source.crs else None)
-        if stated is None:
-            raise ConfigError(key, path, "has no CRS", f"state it as {key.split('.')[0]}.crs, or write it into the file")
-        yield source, stated
-
-
-def raster_box(source: DatasetReader, move: Transformer) -> Bounds:
-    """A raster's box after a transformation of coordinates."""
-    b = source.bounds
-    return Bounds(*move.transform_bounds(b.left, b.bottom, b.right, b.top, densify_pts=21))
-
-
-def bands_of(source: DatasetReader) -> list[int]:
+def shown_bands(raster: Raster) -> list[int]:
     """Numbers, from 0, of the bands that are shown: red, green and blue by name, else the first three, or one."""
-    shown = [
-        source.colorinterp.index(c) for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue) if c in source.colorinterp
-    ]
-    return shown if len(shown) == 3 else [0, 1, 2] if source.count >= 3 else [0]
+    colours = raster.source.colorinterp
+    named = [colours.index(c) for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue) if c in colours]
+    if len(named) == 3:
+        return named
+    return raster.bands[:3] if len(raster.bands) >= 3 else raster.bands[:1]
 
 
 def palette_of(source: DatasetReader) -> NDArray[np.uint8] | None:
-    """(3, values) the colour behind each value of a file with a palette; None for others."""
+    """(4, values) the colour and its opacity behind each value of a file with a palette; None for others."""
     if source.colorinterp[0] != ColorInterp.palette:
         return None
-    out = np.zeros((3, 1 << 8 * np.dtype(source.dtypes[0]).itemsize), np.uint8)
+    out = np.zeros((4, 1 << 8 * np.dtype(source.dtypes[0]).itemsize), np.uint8)
     for value, colour in source.colormap(1).items():
-        out[:, value] = colour[:3]
+        out[:, value] = colour
     return out
+
+
+def read_warped(
+    raster: Raster, box: GeoBox, bands: Sequence[int], resampling: Resampling, nodata: float | None = None
+) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """A raster as it falls on the pixels of a box.
+
+    Args:
+        raster: An open raster.
+        box: The pixels, in any CRS.
+        bands: Numbers of the bands, from 0.
+        resampling: Between pixels.
+        nodata: Value of missing pixels; by default what the file states for each band.
+
+    Returns:
+        (bands, H, W) values; and (H, W) bool, where any of them is known: covered by the raster, not transparent, not masked,
+        another value than the missing one, and a number.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    stated = [raster.source.nodatavals[k] if nodata is None else nodata for k in raster.bands]
+    if len({repr(value) for value in stated}) <= 1:
+        values, known = _warp(raster, box, resampling, stated[0] if stated else None)
+        return values[list(bands)], known & _finite(values[list(bands)])
+    parts = []
+    for band in bands:
+        value = stated[raster.bands.index(band)]
+        values, known = _warp(raster, box, resampling, value, only=band)
+        parts.append((values[band], known & _finite(values[band : band + 1])))
+    return np.stack([values for values, _ in parts]), np.logical_or.reduce([known for _, known in parts])
+
+
+def _warp(
+    raster: Raster, box: GeoBox, resampling: Resampling, nodata: float | None, only: int | None = None
+) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """All bands, and where any band, or the only one that counts, is not the missing value.
+
+    GDAL derives a mask from transparency for some types and counts of bands alone; so it is read as what it is: a band.
+    """
+    source, alpha = raster.source, ColorInterp.alpha in raster.source.colorinterp
+    options: dict[str, object] = {"src_nodata": nodata, "nodata": nodata} if nodata is not None else {"add_alpha": not alpha}
+    if raster.from_points:
+        options["src_transform"] = raster.place
+    if only is not None:
+        options["UNIFIED_SRC_NODATA"] = "NO"
+    height, width = box.shape
+    with (
+        _damage(raster),
+        warnings.catch_warnings(),
+        # Whatever its type, a pixel is transparent or it is not.
+        WarpedVRT(source, src_crs=raster.crs, crs=str(box.crs), transform=box.affine, height=height, width=width,
+                  resampling=resampling, SRC_ALPHA_MAX="1", **options) as vrt,
+    ):  # fmt: skip
+        warnings.simplefilter("ignore", NodataShadowWarning)
+        values = vrt.read()
+        transparency = [k for k, colour in enumerate(vrt.colorinterp) if colour == ColorInterp.alpha]
+    known = np.ones((height, width), bool)
+    for band in transparency:
+        known &= values[band] > 0
+    if nodata is not None and not np.isnan(nodata):
+        counted = raster.bands if only is None else [only]
+        known &= (values[counted] != np.asarray(nodata).astype(values.dtype)).any(0)
+    return values, known
+
+
+@contextmanager
+def _damage(raster: Raster) -> Iterator[None]:
+    """What GDAL finds while it reads is a fault of the file."""
+    try:
+        yield
+    except RasterioError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(f"{raster.key}: {raster.path} is damaged ({cause}); copy it again") from error
 
 
 def _finite(values: NDArray[np.generic]) -> NDArray[np.bool_]:
@@ -132,21 +201,6 @@ def _finite(values: NDArray[np.generic]) -> NDArray[np.bool_]:
 def _resampling(source: DatasetReader) -> Resampling:
     """Between two numbers of a palette there is no colour."""
     return Resampling.bilinear if palette_of(source) is None else Resampling.nearest
-
-
-@contextmanager
-def warped(
-    source: DatasetReader, crs: str, nodata: float | None, grid: Grid, row: int, col: int, height: int, width: int,
-    resampling: Resampling,
-) -> Iterator[WarpedVRT]:  # fmt: skip
-    """A pixel rectangle of the grid as a virtual raster; its mask says what the source covers."""
-    box = grid.window_geobox(row, col, height, width)
-    value = source.nodata if nodata is None else nodata
-    alpha = ColorInterp.alpha in source.colorinterp
-    options = {"src_nodata": value, "nodata": value} if value is not None else {"add_alpha": not alpha}
-    with WarpedVRT(source, src_crs=crs, crs=str(box.crs), transform=box.affine, height=height, width=width,
-                   resampling=resampling, **options) as vrt:  # fmt: skip
-        yield vrt
 
 
 class ImageryReader:
@@ -169,18 +223,18 @@ class ImageryReader:
 
     def _inspect(self, path: str) -> Bounds:
         """The file's box in the grid's CRS."""
-        with open_raster(path, f"{self.key}.sources", self.spec.crs) as (source, crs):
-            if source.dtypes[0] != "uint8" and self.spec.value_range is None and palette_of(source) is None:
-                raise ConfigError(f"{self.key}.value_range", None, f"is needed for {source.dtypes[0]} values in {path}",
+        key = f"{self.key}.sources"
+        with open_raster(path, key, self.spec.crs) as raster:
+            dtype = raster.source.dtypes[0]
+            if dtype.startswith("complex"):
+                raise DataError(f"{key}: {path} holds complex numbers; convert it to amplitudes")
+            if dtype != "uint8" and self.spec.value_range is None and palette_of(raster.source) is None:
+                raise ConfigError(f"{self.key}.value_range", None, f"is needed for {dtype} values in {path}",
                                   "give the values shown as black and white, for example [0, 3000]")  # fmt: skip
-            try:
-                move = Transformer.from_crs(CRS.from_user_input(crs), self.grid.crs, always_xy=True)
-            except CRSError as error:
-                raise ConfigError(f"{self.key}.crs", crs, "is not a CRS", "give a code such as EPSG:32633") from error
-            box = raster_box(source, move)
-        if not all(np.isfinite(box)):
-            raise ConfigError(f"{self.key}.sources", path, "cannot be placed in the city's CRS", "check its georeference")
-        return box
+            if self.spec.nodata is not None and not in_dtype_range(self.spec.nodata, dtype):
+                raise ConfigError(f"{self.key}.nodata", self.spec.nodata, f"is no value of {dtype}, the type of {path}",
+                                  "give the value that missing pixels have")  # fmt: skip
+            return raster.box(self.grid.crs)
 
     def covers(self) -> bool:
         """Whether any file shares area with the grid."""
@@ -215,14 +269,14 @@ class ImageryReader:
         return [box for _, box in self.files]
 
     def _read(self, path: str, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        with open_raster(path, f"{self.key}.sources", self.spec.crs) as (source, crs):
-            corner = self._corner(source, crs)
+        with open_raster(path, f"{self.key}.sources", self.spec.crs) as raster:
+            corner = self._corner(raster)
             if corner is not None:
-                return self._read_aligned(source, row - corner[0], col - corner[1], height, width)
-            return self._read_warped(source, crs, row, col, height, width)
+                return self._read_aligned(raster, row - corner[0], col - corner[1], height, width)
+            return self._read_warped(raster, row, col, height, width)
 
     def _read_warped(
-        self, source: DatasetReader, crs: str, row: int, col: int, height: int, width: int
+        self, raster: Raster, row: int, col: int, height: int, width: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """By squares of the grid, so that a pixel does not depend on the rectangle.
 
@@ -231,55 +285,57 @@ class ImageryReader:
         rgb, known = np.zeros((3, height, width), np.uint8), np.zeros((height, width), bool)
         for r in range(row // SQUARE * SQUARE, row + height, SQUARE):
             for c in range(col // SQUARE * SQUARE, col + width, SQUARE):
-                values, seen = self._square(source, crs, r, c)
+                values, seen = self._square(raster, r, c)
                 r0, r1, c0, c1 = max(r, row), min(r + SQUARE, row + height), max(c, col), min(c + SQUARE, col + width)
                 its = (slice(r0 - r, r1 - r), slice(c0 - c, c1 - c))
                 at = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col))
                 rgb[:, at[0], at[1]], known[at] = values[:, its[0], its[1]], seen[its]
         return rgb, known
 
-    def _square(self, source: DatasetReader, crs: str, row: int, col: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        with (
-            warnings.catch_warnings(),
-            warped(source, crs, self.spec.nodata, self.grid, row, col, SQUARE, SQUARE, _resampling(source)) as vrt,
-        ):
-            # A value that the city file states goes before an alpha band.
-            warnings.simplefilter("ignore", NodataShadowWarning)
-            values = np.asarray(rioxarray.open_rasterio(vrt))[bands_of(source)]
-            return self._colours(source, values), (vrt.dataset_mask() > 0) & _finite(values)
+    def _square(self, raster: Raster, row: int, col: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        box = self.grid.window_geobox(row, col, SQUARE, SQUARE)
+        values, known = read_warped(raster, box, shown_bands(raster), _resampling(raster.source), self.spec.nodata)
+        colours, opaque = self._colours(raster, values)
+        return colours, known & opaque
 
-    def _corner(self, source: DatasetReader, crs: str) -> tuple[int, int] | None:
+    def _corner(self, raster: Raster) -> tuple[int, int] | None:
         """Row and column of the grid at which a file's pixels begin, where they are the grid's own; else None."""
-        plain = self.spec.nodata is None and source.nodata is None and ColorInterp.alpha not in source.colorinterp
-        if not plain or not all(MaskFlags.all_valid in flags for flags in source.mask_flag_enums):
+        source = raster.source
+        plain = self.spec.nodata is None and ColorInterp.alpha not in source.colorinterp
+        if not plain or not all(flags == [MaskFlags.all_valid] for flags in source.mask_flag_enums):
             return None
-        if CRS.from_user_input(crs) != CRS.from_user_input(self.grid.crs):
+        if CRS.from_user_input(raster.crs) != CRS.from_user_input(self.grid.crs):
             return None
-        to_pixel = ~self.grid.affine @ source.transform
+        to_pixel = ~self.grid.affine @ raster.place
         if not to_pixel.almost_equals(Affine.translation(round(to_pixel.c), round(to_pixel.f)), 1e-6):
             return None
         return round(to_pixel.f), round(to_pixel.c)
 
     def _read_aligned(
-        self, source: DatasetReader, row: int, col: int, height: int, width: int
+        self, raster: Raster, row: int, col: int, height: int, width: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Without warping: the same bytes, in a fraction of the time."""
         rgb, known = np.zeros((3, height, width), np.uint8), np.zeros((height, width), bool)
+        source = raster.source
         r0, r1, c0, c1 = max(row, 0), min(row + height, source.height), max(col, 0), min(col + width, source.width)
         if r0 < r1 and c0 < c1:
             at = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col))
-            bands = [number + 1 for number in bands_of(source)]
-            values = source.read(bands, window=Window(c0, r0, c1 - c0, r1 - r0))
-            rgb[:, at[0], at[1]], known[at] = self._colours(source, values), _finite(values)
+            bands = [number + 1 for number in shown_bands(raster)]
+            with _damage(raster):
+                values = source.read(bands, window=Window(c0, r0, c1 - c0, r1 - r0))
+            rgb[:, at[0], at[1]], opaque = self._colours(raster, values)
+            known[at] = _finite(values) & opaque
         return rgb, known
 
-    def _colours(self, source: DatasetReader, values: NDArray[np.generic]) -> NDArray[np.uint8]:
-        """Values of the bands shown (3 or 1, H, W) as bytes; those of a palette are looked up in it."""
-        palette = palette_of(source)
+    def _colours(self, raster: Raster, values: NDArray[np.generic]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Values of the bands shown (3 or 1, H, W) as bytes; those of a palette are looked up in it. And which are opaque."""
+        palette = palette_of(raster.source)
         if palette is not None:
-            return palette[:, values[0]]
+            found = palette[:, values[0]]
+            return found[:3], found[3] > 0
+        opaque = np.ones(values.shape[1:], bool)
         if self.spec.value_range is None and values.dtype == np.uint8:
-            return values.astype(np.uint8, copy=False)
+            return values.astype(np.uint8, copy=False), opaque
         low, high = self.spec.value_range or (0, 255)
         scaled = np.nan_to_num((values.astype(np.float32) - low) * np.float32(255 / (high - low)), nan=0)
-        return np.rint(scaled.clip(0, 255)).astype(np.uint8)
+        return np.rint(scaled.clip(0, 255)).astype(np.uint8), opaque

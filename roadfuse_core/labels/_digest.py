@@ -8,8 +8,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from roadfuse_core.errors import ConfigError
-from roadfuse_core.imagery._read import open_raster
-from roadfuse_core.labels._read import RASTERS
+from roadfuse_core.imagery import RASTER_SUFFIXES, open_raster
 from roadfuse_core.settings import City, MapSpec
 
 __all__ = ["labels_digest"]
@@ -45,9 +44,9 @@ def _files_of(path: Path, spec: MapSpec, key: str) -> list[Path]:
     """The file and those that are read with it."""
     if not path.is_file():
         raise ConfigError(key, spec.path, "does not exist", "correct the path")
-    if path.suffix.lower() in RASTERS:
-        with open_raster(str(path), key, spec.crs) as (source, _):
-            return sorted({path, *map(Path, source.files)})
+    if path.suffix.lower() in RASTER_SUFFIXES:
+        with open_raster(str(path), key, spec.crs) as raster:
+            return sorted({path, *map(Path, raster.source.files)})
     if path.suffix.lower() in WITH_COMPANIONS:
         return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
     return [path]

@@ -12,19 +12,17 @@ import pandas as pd
 import shapely
 from numpy.typing import NDArray
 from pyogrio.errors import DataSourceError
-from pyproj import CRS, Transformer
 from rasterio import features
 from rasterio.enums import Resampling
 
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Grid
-from roadfuse_core.imagery._read import open_raster, raster_box, warped
+from roadfuse_core.imagery import RASTER_SUFFIXES, open_raster, read_warped
 from roadfuse_core.settings import City, MapSpec
 
 __all__ = ["RoadMap", "lanes_of", "open_map", "read_lines"]
 
 LINES, AREAS = ("LineString", "MultiLineString"), ("Polygon", "MultiPolygon")
-RASTERS = (".tif", ".tiff", ".vrt", ".png", ".jp2", ".img")
 DRIVABLE = ("motorway", "trunk", "primary", "secondary", "tertiary", "unclassified", "residential", "living_street",
             "service", "motorway_link", "trunk_link", "primary_link", "secondary_link", "tertiary_link", "road",
             "track")  # fmt: skip
@@ -48,9 +46,8 @@ class RasterMap:
 
     def __init__(self, path: str, spec: MapSpec, key: str, grid: Grid) -> None:
         self.path, self.spec, self.key, self.grid = path, spec, key, grid
-        with open_raster(path, key, spec.crs) as (source, crs):
-            move = Transformer.from_crs(CRS.from_user_input(crs), grid.crs, always_xy=True)
-            self.box = raster_box(source, move)
+        with open_raster(path, key, spec.crs) as raster:
+            self.box = raster.box(grid.crs)
 
     def covers(self) -> bool:
         """Whether the raster shares area with the grid."""
@@ -58,12 +55,10 @@ class RasterMap:
 
     def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Road and known, by the nearest pixel."""
-        with (
-            open_raster(self.path, self.key, self.spec.crs) as (source, crs),
-            warped(source, crs, None, self.grid, row, col, height, width, Resampling.nearest) as vrt,
-        ):
-            known = vrt.dataset_mask() > 0
-            return (vrt.read(1) > 0) & known, known
+        box = self.grid.window_geobox(row, col, height, width)
+        with open_raster(self.path, self.key, self.spec.crs) as raster:
+            values, known = read_warped(raster, box, raster.bands[:1], Resampling.nearest)
+        return (values[0] > 0) & known, known
 
 
 class LineMap:
@@ -109,7 +104,7 @@ def open_map(city: City, spec: MapSpec, key: str, grid: Grid) -> RoadMap:
     path = city.path(spec.path)
     if not path.is_file():
         raise ConfigError(f"{key}.path", spec.path, "does not exist", "correct the path")
-    if path.suffix.lower() in RASTERS:
+    if path.suffix.lower() in RASTER_SUFFIXES:
         return RasterMap(str(path), spec, f"{key}.path", grid)
     lines = read_lines(path, spec, key).to_crs(grid.crs)
     widths = np.full(len(lines), spec.width_m)

@@ -257,6 +257,6 @@ def test_a_pixel_does_not_depend_on_the_rectangle_and_aligned_files_are_not_warp
     aligned = write(tmp_path / "own.tif", values, from_origin(b.left - 20, b.top + 30, 1, 1), "EPSG:32633")
     reader = ImageryReader(ImagerySpec(sources=("a",)), [aligned], GRID)
     fast = reader.window(-40, -30, 300, 290)
-    reader._corner = lambda source, crs: None
+    reader._corner = lambda raster: None
     plain = reader.window(-40, -30, 300, 290)
     assert all(np.array_equal(a, b) for a, b in zip(fast, plain, strict=True))
