@@ -117,4 +117,5 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _digest(record: dict[str, Any]) -> str:
-    return digest_of(json.dumps(record, sort_keys=True).encode())
+    """Of what a reader will find: keys are text there, and sorted as text."""
+    return digest_of(json.dumps(json.loads(json.dumps(record)), sort_keys=True).encode())

@@ -10,16 +10,23 @@ import shutil
 import time
 from collections import Counter
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
+import duckdb
 import icechunk
+import numba
 import numpy as np
+import pyarrow as pa
+import pyproj
 import zarr
 from dask.distributed import Client
 from numpy.typing import NDArray
 
+import roadfuse_core.grid
+import roadfuse_core.points
 from roadfuse_core.cluster import Progress, quiet, run_jobs
-from roadfuse_core.cubes._plan import IngestPlan, LedgerEntry, cubes_path, cut_parts, ledger, plan_ingest
+from roadfuse_core.cubes._plan import IngestPlan, LedgerEntry, cubes_path, cut_parts, ledger, most_rows_per_slice, plan_ingest
 from roadfuse_core.cubes._reduce import BlockJob, Shard, add_block, owned_blocks
 from roadfuse_core.cubes._repository import (
     MAIN,
@@ -31,6 +38,7 @@ from roadfuse_core.cubes._repository import (
     storing,
 )
 from roadfuse_core.errors import ConfigError, DataError, StoreError
+from roadfuse_core.files import DamagedFileError, read_record, write_record
 from roadfuse_core.grid import Grid, TileIndex
 from roadfuse_core.points import (
     Part,
@@ -40,6 +48,7 @@ from roadfuse_core.points import (
     SliceReport,
     arrays_of,
     find_speed_break,
+    is_intact,
     map_slice,
     needs_vehicles,
     read_report,
@@ -51,10 +60,11 @@ from roadfuse_core.workspace import enter_workspace
 __all__ = ["changed_tiles", "ingest", "leftover_shards", "remove_shards"]
 
 STAGING = "ingest"
+SLICES = "slices.json"  # how an ingest began to cut a dump
 # What an ingest writes: a folder a dump, and files in it. Whatever else lies there is somebody else's.
 DUMP_FOLDER = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}")
-KEPT_FILE = re.compile(r"shard-\d{5}\.(json|\d+\.samples)")
-PASSING_FILE = re.compile(r"unpacked|shuffle-\d{5}\.(parquet|json|spill)|shard-\d{5}\.spill|\.?(shard|shuffle)-.*\.part")
+KEPT_FILE = re.compile(r"shard-\d{5}\.(json|\d+\.samples)|slices\.json")
+PASSING_FILE = re.compile(r"unpacked|shuffle-\d{5}\.(parquet|json|spill)|shard-\d{5}\.spill|\.?(shard|shuffle|slices).*\.part")
 
 
 def ingest(
@@ -97,7 +107,8 @@ def ingest(
             _keep_contributions(city)
             return None
         began = time.perf_counter()
-        folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid, plan.rows_per_slice)}"
+        folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid)}"
+        plan = _resume(city, plan, folder)
         jobs = _slices(plan, spec, folder, client, tell, str(quarantine or ""), grid)
         reports = run_jobs(client, map_slice, jobs, "reading points", tell, amount=lambda r: r.rows, expected=plan.rows)
         entry = _entry(plan, spec, reports, began) | {"shards": folder.name}
@@ -108,11 +119,38 @@ def ingest(
     return entry | {"snapshot": snapshot}
 
 
-def _digest(spec: PointsSpec, grid: Grid, rows_per_slice: int) -> str:
-    """Names the settings that decide a shard's content, so that shards of other settings are never reused."""
+def _digest(spec: PointsSpec, grid: Grid) -> str:
+    """Names the settings and the code that decide a shard's content, so that shards of others are never taken."""
     settings = spec.model_dump(mode="json", exclude={"sources"})
-    text = json.dumps(["samples 2", settings, grid.__dict__, rows_per_slice], sort_keys=True)
+    text = json.dumps(["samples", settings, grid.__dict__, _software()], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _software() -> list[str]:
+    """Our own code that makes shards, and the libraries that read and place points for it."""
+    rooms = [Path(str(room.__file__)).parent for room in (roadfuse_core.grid, roadfuse_core.points)]
+    sources = [p for room in rooms for p in sorted(room.glob("*.py"))]
+    ours = hashlib.blake2b(b"\0".join(p.read_bytes() for p in sources), digest_size=16).hexdigest()
+    return [ours, duckdb.__version__, numba.__version__, np.__version__, pa.__version__, pyproj.proj_version_str]
+
+
+def _resume(city: City, plan: IngestPlan, folder: Path) -> IngestPlan:
+    """The plan with the slices that an interrupted ingest of the same dump began with, whatever machine that was on.
+
+    Where they would not fit into a worker of today, what was done of them is removed.
+    """
+    record = folder / SLICES
+    try:
+        begun = int(read_record(record)["rows_per_slice"])
+    except (FileNotFoundError, DamagedFileError, KeyError, TypeError, ValueError):
+        begun = 0
+    if 0 < begun <= most_rows_per_slice(city):
+        return plan.cut_by(begun)
+    if folder.is_dir():
+        remove_shards([p for p in folder.iterdir() if _is_ours(p)])
+    write_record(record, {"rows_per_slice": plan.rows_per_slice})
+    return plan
 
 
 def _outgoing(city: City, dump: str) -> list[SliceReport]:
@@ -123,11 +161,18 @@ def _outgoing(city: City, dump: str) -> list[SliceReport]:
     """
     entry = ledger(city)[dump]
     folder = city.workspace_path / "shards" / str(entry.get("shards"))
-    reports = [read_report(p) for p in sorted(folder.glob("shard-*.json"))]
+    fix = "bring them back from a backup, or build the cube again in another workspace"
+    try:
+        reports = [read_report(p) for p in sorted(folder.glob("shard-*.json"))]
+    except DamagedFileError as error:
+        raise StoreError(f"{error}, and with it contributions of dump {dump}, which cannot leave; {fix}") from error
     if sum(r.rows for r in reports) != entry["rows"]:
-        raise StoreError(f"{folder}: the dump's contributions are no longer kept; build the cube anew in another workspace")
-    for path in (s for r in reports for s in r.shards[:1]):
-        ShardFile(Path(path))
+        raise StoreError(f"{folder}: the contributions of dump {dump} are no longer kept; {fix}")
+    for report in reports:
+        if report.digests and not is_intact(report):
+            raise StoreError(f"{report.shards[0]}: contributions of dump {dump} are damaged, and it cannot leave; {fix}")
+        if report.shards and not report.digests:  # of an earlier version, perhaps of an earlier form
+            ShardFile(Path(report.shards[0]))
     return [dataclasses.replace(r, sign=-1) for r in reports]
 
 
@@ -153,7 +198,11 @@ def leftover_shards(city: City) -> list[Path]:
 
 def _only_ours(folder: Path) -> bool:
     """Whether an ingest wrote everything in a folder."""
-    return all(KEPT_FILE.fullmatch(p.name) or PASSING_FILE.fullmatch(p.name) for p in folder.iterdir())
+    return all(_is_ours(p) for p in folder.iterdir())
+
+
+def _is_ours(path: Path) -> bool:
+    return bool(KEPT_FILE.fullmatch(path.name) or PASSING_FILE.fullmatch(path.name))
 
 
 def remove_shards(paths: list[Path]) -> None:

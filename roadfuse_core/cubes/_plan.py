@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import tempfile
@@ -51,6 +52,7 @@ __all__ = [
     "find_new",
     "forecast",
     "ledger",
+    "most_rows_per_slice",
     "plan_ingest",
     "points_of",
     "require_same_cube",
@@ -91,6 +93,11 @@ class IngestPlan:
     rows: int
     slices: int
     rows_per_slice: int
+
+    def cut_by(self, rows_per_slice: int) -> IngestPlan:
+        """The same dump in slices of another size."""
+        slices = max(1, -(-self.rows // rows_per_slice))
+        return dataclasses.replace(self, slices=slices, rows_per_slice=rows_per_slice)
 
     @property
     def sources(self) -> list[SourceFile]:
@@ -235,6 +242,16 @@ def rows_per_slice(city: City, rows: int) -> int:
     Raises:
         ConfigError: Not even the smallest job fits, or a block of tiles does not.
     """
+    fair = max(LEAST_ROWS_PER_SLICE, rows // (JOBS_PER_WORKER * count_workers(city.cluster)))
+    return min(fair, most_rows_per_slice(city))
+
+
+def most_rows_per_slice(city: City) -> int:
+    """Most rows of one job of the map that a worker's memory allows.
+
+    Raises:
+        ConfigError: Not even the smallest job fits, or a block of tiles does not.
+    """
     spec, px = points_of(city), city.grid.tile_px
     sample, limit = 4 * len(columns_of(spec)), worker_memory(city)
     # A row of the map: as collected and as sorted, with tile and period, and its target; with vehicles also as read and sorted.
@@ -247,8 +264,7 @@ def rows_per_slice(city: City, rows: int) -> int:
             "cluster.memory_gib", round(limit / GIB, 2), f"is less than the {need / GIB:.2f} GiB that a worker needs",
             "raise it, use fewer workers or smaller tiles",
         )  # fmt: skip
-    fair = max(LEAST_ROWS_PER_SLICE, rows // (JOBS_PER_WORKER * count_workers(city.cluster)))
-    return min(ROWS_PER_SLICE, fair, (limit - BASE_BYTES - DUCKDB_BYTES // 2) // a_row)
+    return min(ROWS_PER_SLICE, (limit - BASE_BYTES - DUCKDB_BYTES // 2) // a_row)
 
 
 def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[str]:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from roadfuse_core.errors import DataError
+from roadfuse_core.files import replacing
 from roadfuse_core.points._vehicles import NO_VEHICLE, quoted, vehicle_number
 from roadfuse_core.settings import PointsSpec
 
@@ -158,14 +159,13 @@ def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scrat
         spec: How the files are laid out.
         part: Which rows.
         buckets: How many buckets.
-        target: The Parquet file; renamed when whole.
+        target: The Parquet file; it gets its name when it is complete.
         scratch: Where DuckDB spills.
 
     Raises:
         DataError: DuckDB cannot read a file.
     """
-    unfinished = target.with_suffix(".part")
-    with _connection(spec, part.paths, scratch) as connection:
+    with replacing(target) as unfinished, _connection(spec, part.paths, scratch) as connection:
         query, parameters = _query(connection, spec, part, True, unsorted=True)
         layout = "FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE 16384"
         out = str(unfinished).replace("'", "''")
@@ -173,7 +173,6 @@ def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scrat
         spread = f"CASE WHEN vehicle = {NO_VEHICLE} THEN row_number() OVER () ELSE vehicle END"
         bucketed = f"SELECT *, ({spread} % {int(buckets)})::INTEGER AS bucket FROM ({query}) ORDER BY bucket"
         connection.execute(f"COPY ({bucketed}) TO '{out}' ({layout})", parameters)
-    unfinished.rename(target)
 
 
 def _rows(table: pa.Table | pa.RecordBatch) -> Rows:

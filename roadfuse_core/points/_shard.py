@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyproj import CRS
 
-from roadfuse_core.files import write_whole
+from roadfuse_core.files import DamagedFileError, digest_of, read_record, write_record
 from roadfuse_core.grid import Grid, PixelProjection, fit_projection
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import shift_datum
@@ -27,11 +29,14 @@ __all__ = [
     "Shuffle",
     "Slice",
     "SliceReport",
+    "is_intact",
     "map_slice",
     "needs_vehicles",
     "read_report",
     "shuffle_slice",
 ]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class SliceReport:
         periods: Smallest and largest period number; None if no row is kept.
         tiles: Kept points by tile number.
         ratios: Reported against implied speed by day, see `SpeedRatios`.
+        digests: BLAKE3 of each shard; none in reports of versions before there were any.
         sign: 1 for what enters a cube, -1 for what leaves it.
     """
 
@@ -84,6 +90,7 @@ class SliceReport:
     periods: tuple[int, int] | None
     tiles: dict[int, int] = field(default_factory=dict)
     ratios: dict[int, list[int]] = field(default_factory=dict)
+    digests: tuple[str, ...] = ()
     sign: int = 1
 
 
@@ -104,36 +111,90 @@ class Shuffle:
 
 
 def shuffle_slice(job: Shuffle) -> str:
-    """Shuffle a part; a file that is already whole is taken as it is. Returns its path."""
+    """Shuffle a part; a file that is already there, as it was written, is taken. Returns its path."""
     target = Path(job.target)
-    if not target.exists():
+    record = target.with_suffix(".json")
+    if not _is_shuffled(target, record):
         target.parent.mkdir(parents=True, exist_ok=True)
         shuffle_rows(job.spec, job.part, job.buckets, target, target.with_suffix(".spill"))
+        write_record(record, {"digest": digest_of(target)})
     return job.target
 
 
+def _is_shuffled(target: Path, record: Path) -> bool:
+    try:
+        return bool(read_record(record)["digest"] == digest_of(target))
+    except (FileNotFoundError, DamagedFileError):
+        return False
+
+
 def map_slice(job: Slice) -> SliceReport:
-    """Read, judge, place and sort a slice; one that is already whole is taken as it is.
+    """Read, judge, place and sort a slice; one that is already there, as it was written, is taken.
 
     Returns:
         Its report, also written as JSON, last of all.
     """
     report_path = Path(job.shard)
-    if report_path.exists():
-        return read_report(report_path)
+    if done := _finished(report_path):
+        return done
     report_path.parent.mkdir(parents=True, exist_ok=True)
     report = _Mapper(job).run()
-    write_whole(report_path, json.dumps(asdict(report)))
+    write_record(report_path, asdict(report))
     return report
 
 
+def _finished(report_path: Path) -> SliceReport | None:
+    """The report of a slice that an earlier run finished; None where there is none, or what it left was damaged."""
+    try:
+        report = read_report(report_path)
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        log.warning("%s; it is made again", error)
+        return None
+    if not is_intact(report):
+        log.warning("%s: its shards are not what was written; they are made again", report_path)
+        return None
+    return report
+
+
+def _report_record(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(path)
+    except DamagedFileError:
+        content = path.read_bytes()
+        if not content.startswith(b'{"shards"'):
+            raise
+        record: dict[str, Any] = json.loads(content)  # as earlier versions wrote it, without a digest
+        return record
+
+
+def is_intact(report: SliceReport) -> bool:
+    """Whether all shards of a report are there as they were written; never, where the report knows no digests."""
+    if len(report.digests) != len(report.shards):
+        return False
+    try:
+        return all(digest_of(Path(s)) == digest for s, digest in zip(report.shards, report.digests, strict=True))
+    except FileNotFoundError:
+        return False
+
+
 def read_report(path: Path) -> SliceReport:
-    """The report of a whole slice; its shards are where the report lies, wherever the workspace was moved."""
-    raw = json.loads(path.read_text())
-    numbered = {key: {int(k): v for k, v in raw[key].items()} for key in ("tiles", "ratios")}
-    places = tuple(str(path.parent / Path(s).name) for s in raw["shards"])
-    periods = tuple(raw["periods"]) if raw["periods"] else None
-    return SliceReport(**{**raw, **numbered, "shards": places, "periods": periods})
+    """The report of a finished slice; its shards are where the report lies, wherever the workspace was moved.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DamagedFileError: It is not what was written.
+    """
+    try:
+        raw = _report_record(path)
+        numbered = {key: {int(k): v for k, v in raw[key].items()} for key in ("tiles", "ratios")}
+        places = tuple(str(path.parent / Path(s).name) for s in raw["shards"])
+        periods = tuple(raw["periods"]) if raw["periods"] else None
+        digests = tuple(raw.get("digests", ()))
+        return SliceReport(**{**raw, **numbered, "shards": places, "periods": periods, "digests": digests})
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{path}: is damaged") from error
 
 
 class _Mapper:
@@ -163,7 +224,7 @@ class _Mapper:
             reasons={r.name.lower(): int(self.reasons[r]) for r in Reason},
             first_us=min(self.times, default=None), last_us=max(self.times, default=None),
             periods=(min(self.periods), max(self.periods)) if self.periods else None,
-            tiles=dict(self.tiles), ratios=self.ratios.by_day,
+            tiles=dict(self.tiles), ratios=self.ratios.by_day, digests=tuple(digest_of(Path(s)) for s in self.shards),
         )  # fmt: skip
 
     def _take(self, rows: Rows, projection: PixelProjection, quarantine: _Quarantine) -> None:

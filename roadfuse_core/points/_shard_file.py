@@ -18,22 +18,23 @@ from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
 from roadfuse_core.errors import StoreError
+from roadfuse_core.files import DamagedFileError, replacing
 from roadfuse_core.points._samples import Samples
 
 __all__ = ["ShardFile", "write_shard"]
 
 _PACK = Blosc("lz4", clevel=1, shuffle=Blosc.SHUFFLE)
 _HEAD = b"roadfuse samples 1 "
+_OLDER = (b"PAR1", b"roadfuse ")
 _LENGTH = 8
 
 
 def write_shard(samples: Samples, path: Path) -> None:
-    """Write samples under a temporary name, and rename the file when it is whole."""
-    part = path.with_suffix(".part")
+    """Write samples under a temporary name, and rename the file when it is complete and on the disk."""
     stops = np.cumsum(samples.runs[:, 2])
     last = np.flatnonzero(np.r_[samples.runs[1:, 0] != samples.runs[:-1, 0], True])
     checks, start = list[int](), 0
-    with part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         file.write(_HEAD + ",".join(samples.columns).encode() + b"\n")
         edges = [file.tell()]
         for stop in stops[last].tolist():
@@ -44,7 +45,6 @@ def write_shard(samples: Samples, path: Path) -> None:
             start = stop
         index = zlib.compress(np.r_[len(samples.runs), samples.runs.ravel(), edges, checks].astype("<i8").tobytes(), 1)
         file.write(index + len(index).to_bytes(_LENGTH, "little"))
-    part.rename(path)
 
 
 class ShardFile:
@@ -95,7 +95,10 @@ class ShardFile:
         with self.path.open("rb") as file:
             head = file.readline(200)
             if not head.startswith(_HEAD):
-                raise StoreError("a dump's kept contributions are in an older form; build the cube anew in another workspace")
+                if head.startswith(_OLDER):
+                    raise StoreError(f"{self.path}: a dump's kept contributions are in an older form; build the cube again "
+                                     "in another workspace")  # fmt: skip
+                raise DamagedFileError(f"{self.path}: is damaged (it does not begin as a shard)")
             with self._whole():
                 at = self.path.stat().st_size - _LENGTH
                 length = int.from_bytes(os.pread(file.fileno(), _LENGTH, at), "little")
@@ -112,4 +115,4 @@ class ShardFile:
         try:
             yield
         except (zlib.error, ValueError, RuntimeError, OSError) as error:
-            raise StoreError(f"{self.path}: is damaged ({error}); remove its folder and run again") from error
+            raise DamagedFileError(f"{self.path}: is damaged ({error})") from error

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from blake3 import blake3
 from fsspec.utils import glob_translate
 from pyproj import CRS
 
-from roadfuse_core.errors import ConfigError, DataError
+from roadfuse_core.errors import ConfigError, DataError, StoreError
+from roadfuse_core.files import replacing
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.settings import City, PointsSpec
 
@@ -33,6 +35,9 @@ __all__ = ["SourceFile", "check_columns", "empty_files", "find_sources", "identi
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".txt", ".tsv", ".gz")
 METRES_PER_DEGREE = 111_195.0
+# Text of trajectories packs to a third or a tenth; what packs better than this, and is large, is no such text.
+MOST_PACKED = 100
+BOMB_BYTES = 100_000_000
 LITTER = ("__MACOSX/*", "*/.*", ".*")
 # Files that are opened at the same time: an object store answers after tens of milliseconds, whatever it is asked.
 OPEN_AT_ONCE = 16
@@ -275,7 +280,11 @@ def _hash(opener: _Opener, file: SourceFile) -> str:
 
 
 def materialise(files: list[SourceFile], scratch: Path) -> list[str]:
-    """Paths or URLs that DuckDB can open; members of archives are unpacked below a scratch folder, in order."""
+    """Paths or URLs that DuckDB can open; members of archives are unpacked below a scratch folder, in order.
+
+    Raises:
+        DataError: A member is damaged, or unpacks to more than is likely or than there is room for.
+    """
     out = []
     with _Opener() as opener:
         for number, file in enumerate(files):
@@ -283,14 +292,49 @@ def materialise(files: list[SourceFile], scratch: Path) -> list[str]:
                 out.append(file.path)
                 continue
             target = scratch / f"{number:06d}{Path(file.member).suffix}"
-            if not target.exists():
-                scratch.mkdir(parents=True, exist_ok=True)
-                part = target.with_suffix(".part")
-                with opener.open(file) as stream, open(part, "wb") as copy:
-                    shutil.copyfileobj(stream, copy)
-                part.rename(target)
+            if not _is_unpacked(target, opener.archive(file.path).getinfo(file.member)):
+                _unpack(opener, file, target)
             out.append(str(target))
     return out
+
+
+def _is_unpacked(target: Path, member: zipfile.ZipInfo) -> bool:
+    """Whether a file is the member, by the size and the checksum in the archive's directory."""
+    if not target.exists() or target.stat().st_size != member.file_size:
+        return False
+    check = 0
+    with target.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            check = zlib.crc32(chunk, check)
+    return check == member.CRC
+
+
+def _unpack(opener: _Opener, file: SourceFile, target: Path) -> None:
+    """Unpack a member; a damaged one, or one without room, leaves nothing behind."""
+    _require_plausible(file, opener.archive(file.path).getinfo(file.member))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if file.size > free:
+        raise StoreError(f"{target.parent}: cannot be written ({file.label} unpacks to {file.size:,} bytes, and {free:,} are "
+                         "free: no space left); all is as before: make room and run again")  # fmt: skip
+    try:
+        with replacing(target) as part, opener.open(file) as stream, part.open("wb") as copy:
+            shutil.copyfileobj(stream, copy)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"points.sources: {file.label} cannot be unpacked ({error}); make the archive again") from error
+
+
+def _require_plausible(file: SourceFile, member: zipfile.ZipInfo) -> None:
+    """Refuse a member that unpacks to far more than trajectories do.
+
+    Raises:
+        DataError: It is large, and more than `MOST_PACKED` times as large as in the archive.
+    """
+    if member.file_size > BOMB_BYTES and member.file_size > MOST_PACKED * max(1, member.compress_size):
+        raise DataError(
+            f"points.sources: {file.label} would unpack {member.compress_size:,} bytes to {member.file_size:,}, more than "
+            f"{MOST_PACKED} times as many; unpack it yourself if that is right"
+        )
 
 
 def empty_files(city: City, files: list[SourceFile]) -> list[SourceFile]:
@@ -366,6 +410,8 @@ def single_precision_step(city: City, files: list[SourceFile]) -> float:
 
 
 def _check_text(city: City, file: SourceFile, opener: _Opener) -> None:
+    if file.member:
+        _require_plausible(file, opener.archive(file.path).getinfo(file.member))
     spec = _points(city).csv
     names = list(spec.names)
     if spec.header:

@@ -394,7 +394,7 @@ def test_replacing_wants_a_dump_whose_contributions_are_kept(small_city):
         plan_ingest(small_city, ["dumps/2026-03-29.parquet"], "x")  # no new file, and a command that stops here
     for shard in small_city.workspace_path.glob("shards/*/*.samples"):
         pq.write_table(pa.table({"tile": [1]}), shard)
-    with pytest.raises(StoreError, match="older form"):
+    with pytest.raises(StoreError, match="are damaged, and it cannot leave"):
         ingest(small_city, ["dumps/2026-03-30.parquet"], replace=entry["dump"])
     shutil.rmtree(small_city.workspace_path / "shards")
     with pytest.raises(StoreError, match="no longer kept"):

@@ -6,6 +6,12 @@ import pytest
 
 from roadfuse_core.files import DamagedFileError, digest_of, read_record, replacing, write_record, write_whole
 
+
+def test_a_record_with_numbers_as_keys_is_read_with_text_as_keys(tmp_path):
+    path = write_record(tmp_path / "r.json", {"tiles": {10: (1, 2), 9: (3,)}})
+    assert read_record(path) == {"tiles": {"10": [1, 2], "9": [3]}}
+
+
 RECORD = {"rows": 1003, "name": "straße", "tiles": {"7": [1, 2.5, None]}}
 
 
