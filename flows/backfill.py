@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from prefect import flow
 from pydantic import Field
 
-from flows.refresh import DAY_S, CityFile, city_of_run, refresh, run_name
+from flows.refresh import CityFile, city_of_run, refresh, run_name
 from roadfuse_core.cluster import open_cluster
 from tasks import stages
 
 __all__ = ["backfill"]
 
 
-@flow(name="backfill", flow_run_name=run_name, timeout_seconds=DAY_S)
+@flow(name="backfill", flow_run_name=run_name)
 def backfill(
     city_file: CityFile,
     since: Annotated[datetime | None, Field(title="From", description="First time; without it all new files.")] = None,

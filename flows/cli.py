@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flows import operation_commands, training_commands
 from flows.console import CityFile, console, prepare_prefect
@@ -158,7 +160,7 @@ def check(city_file: CityFile) -> None:
 
     for line in check_city(load_city(city_file)):
         console.print(line)
-    console.print("[green]ready[/]: roadfuse refresh", str(city_file))
+    console.print(Text.assemble(("ready", "green"), f": roadfuse refresh {city_file}"))
 
 
 @app.command()
@@ -203,7 +205,7 @@ def _show_plan(city: City, plan: IngestPlan, as_json: bool) -> None:
     console.print(f"by {told.sampled:,} rows of some files: {told.kept:.1%} fall on the grid, in {told.tiles:,} tiles and "
                   f"{told.periods} periods; {chunk}, {told.chunks:,} chunks, about {told.seconds:,.0f} s")  # fmt: skip
     if told.points_per_chunk < DENSE:
-        console.print(f"[yellow]fewer than {DENSE:,}: a longer period or larger tiles would save space and time[/]")
+        console.print(f"fewer than {DENSE:,}: a longer period or larger tiles would save space and time", style="yellow")
 
 
 @app.command()
@@ -296,7 +298,7 @@ def _evaluate_suite(cities: list[City], weights: list[str], out: Path | None, as
         table.add_row(str(family), f"{level:g}", *(f"{v:.3f}" for v in rows.groupby("network", sort=False).g_iou.mean()))
     console.print(table)
     for row in found.drop_duplicates(["city", "network"]).itertuples():
-        console.print(f"{row.city}, {row.network}: {row.tiles} tiles, {row.tiles_from}", markup=False)
+        console.print(f"{row.city}, {row.network}: {row.tiles} tiles, {row.tiles_from}")
     console.print(f"curves  {folder / 'suite.html'}\nfigures {folder / 'suite.csv'}")
 
 
@@ -377,7 +379,7 @@ def _print_json(value: Any) -> None:
 def _show_refresh(result: dict[str, Any]) -> None:
     _show_scores(result["scores"])
     for reason in result["held"]:
-        console.print(f"[yellow]held back: {reason}[/]")
+        console.print(f"held back: {reason}", style="yellow")
     if result["held"]:
         console.print("the map before stays published; `roadfuse release` publishes this one")
     for name, path in result["files"].items():
@@ -409,8 +411,9 @@ def _show_ledger(dumps: list[dict[str, Any]]) -> None:
     for d in dumps:
         if found := d["speed_break"]:
             ratio = f"{found['before']:g} before {found['day']} and {found['after']:g} from then on"
-            console.print(f"[yellow]dump {d['dump']}: reported / implied speed is {ratio}: {found['wrong']} it, speeds are "
-                          f"likely in {found['likely_unit']}; ingest the two parts with a speed_unit each[/]")  # fmt: skip
+            advice = f"speeds are likely in {found['likely_unit']}; ingest the two parts with a speed_unit each"
+            told = f"dump {d['dump']}: reported / implied speed is {ratio}: {found['wrong']} it, {advice}"
+            console.print(told, style="yellow")
 
 
 def main() -> None:
@@ -419,6 +422,7 @@ def main() -> None:
     # Registered first, so that it runs last: libraries written in C++ now and then abort while the system tears them down,
     # after everything of ours is done, and would turn the exit code into a signal.
     atexit.register(lambda: _leave(code))
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file's name may be no UTF-8
     try:
         app()
         code = 0
@@ -435,8 +439,12 @@ def main() -> None:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # what was printed is lost
+        code = code or StoreError.exit_code
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)
 
 

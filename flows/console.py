@@ -9,16 +9,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-__all__ = ["CityFile", "console", "prepare_prefect"]
+__all__ = ["CityFile", "console", "prepare_prefect", "set_prefect_defaults"]
 
-console = Console(highlight=False, soft_wrap=True)
+# Names of files, labels and maps are printed as they are: "[1]" is no markup, ":car:" is no picture.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 if not console.is_terminal:
     console.width = 200
+OWN_SERVER = "starting Prefect's own server, about 15 seconds; nothing stays behind"
 CityFile = Annotated[Path, typer.Argument(metavar="CITY.yaml", help="The city file.")]
 
 
-def prepare_prefect() -> None:
-    """Defaults for Prefect where the user set none: a patient start of its own server, no telemetry, a quiet log."""
+def set_prefect_defaults() -> None:
+    """Defaults for Prefect where the user set none, before it is imported: a patient start, no telemetry, a quiet log."""
     for name, value in {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -27,7 +29,11 @@ def prepare_prefect() -> None:
         "PREFECT_LOGGING_EXTRA_LOGGERS": "roadfuse_core",
     }.items():
         os.environ.setdefault(name, value)
-    Console(stderr=True).print(
-        f"[dim]running on the Prefect server at {os.environ['PREFECT_API_URL']}[/]" if os.environ.get("PREFECT_API_URL")
-        else "[dim]starting Prefect's own server, about 15 seconds; nothing stays behind[/]"
-    )  # fmt: skip
+
+
+def prepare_prefect() -> None:
+    """Set the defaults for Prefect, and print where a run will be seen."""
+    set_prefect_defaults()
+    address = os.environ.get("PREFECT_API_URL")
+    where = f"running on the Prefect server at {address}" if address else OWN_SERVER
+    Console(stderr=True, highlight=False, markup=False, emoji=False).print(where, style="dim")

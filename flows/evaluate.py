@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.refresh import DAY_S, CityFile, city_of_run, run_name
+from flows.refresh import CityFile, city_of_run, run_name
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.metrics import MapScores
 from tasks import stages
@@ -12,7 +12,7 @@ from tasks import stages
 __all__ = ["evaluate"]
 
 
-@flow(name="evaluate", flow_run_name=run_name, timeout_seconds=DAY_S)
+@flow(name="evaluate", flow_run_name=run_name)
 def evaluate(city_file: CityFile) -> MapScores:
     """Score the published map against the labels again.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 
-from flows.console import CityFile, console, prepare_prefect
-from roadfuse_core.errors import ConfigError, NothingPublishedError
+from flows.console import CityFile, console, prepare_prefect, set_prefect_defaults
+from roadfuse_core.errors import NothingPublishedError
 from roadfuse_core.settings import load_city
 from roadfuse_core.workspace import require_workspace
 
@@ -52,13 +51,14 @@ def serve(
     watch_s: Annotated[int, typer.Option("--watch", min=0, help="Look for new dumps every so many seconds; 0 never.")] = 0,
 ) -> None:
     """Refresh a city on a schedule from this machine, without a work pool; stop it with Ctrl-C."""
+    from flows.server import check_cron, require_server, serve_city
+
     city = load_city(city_file)
-    if not os.environ.get("PREFECT_API_URL"):
-        raise ConfigError("PREFECT_API_URL", None, "is not set", "start `prefect server start` and name its address")
+    set_prefect_defaults()
+    check_cron(cron)
+    require_server()
     require_workspace(city.workspace_path)
     prepare_prefect()
-    from flows.server import serve_city
-
     serve_city(city, city_file.resolve(), cron, watch_s)
 
 

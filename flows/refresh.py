@@ -24,7 +24,6 @@ from tasks import artifacts, stages
 
 __all__ = ["CityFile", "city_of_run", "refresh", "run_name"]
 
-DAY_S = 24 * 3600
 CityFile = Annotated[Path, Field(title="City file", description="Path of city.yaml, as the worker sees it.")]
 
 
@@ -64,7 +63,7 @@ def city_of_run(city_file: Path) -> City:
     return city
 
 
-@flow(name="refresh", flow_run_name=run_name, timeout_seconds=DAY_S)
+@flow(name="refresh", flow_run_name=run_name)
 def refresh(
     city_file: CityFile,
     baseline: Annotated[bool, Field(description="Also score kernel density, tuned on the training tiles.")] = True,

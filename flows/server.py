@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -13,14 +14,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from roadfuse_core.errors import StoreError
+from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.settings import City
 
-__all__ = ["serve_city", "start_server"]
+__all__ = ["check_cron", "require_server", "same_origin", "serve_city", "start_server"]
 
 FIRST_PORT = 4200
+ANSWER_S = 20.0
 PATIENCE_S = 180.0
+
+
+def check_cron(cron: str) -> None:
+    """Refuse a cron line that Prefect cannot read, or that never comes.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    from prefect.server.schemas.schedules import CronSchedule
+
+    try:
+        asyncio.run(CronSchedule(cron=cron, timezone="UTC").get_dates(1))
+    except ValueError as error:
+        fix = 'write minute, hour, day, month and weekday, such as "0 3 * * 1" for Mondays at three'
+        raise ConfigError("--cron", cron, "is no cron line that ever comes", fix) from error
+
+
+def require_server() -> None:
+    """Refuse to go on without a Prefect server that answers at `PREFECT_API_URL`.
+
+    Raises:
+        ConfigError: None is named, or it does not answer.
+    """
+    address = os.environ.get("PREFECT_API_URL")
+    if not address:
+        raise ConfigError("PREFECT_API_URL", None, "is not set", "start `prefect server start` and name its address")
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=ANSWER_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError("PREFECT_API_URL", address, f"does not answer ({error})",
+                          "start `prefect server start`, or correct the address; it ends in /api") from error  # fmt: skip
 
 
 def serve_city(city: City, city_file: Path, cron: str, watch_s: int = 0) -> None:
@@ -65,8 +99,10 @@ def start_server(home: Path) -> Iterator[str]:
     """
     port = _free_port()
     log = write_whole(home / "server.log", "")
-    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
-                                "PREFECT_SERVER_API_PORT": str(port)}  # fmt: skip
+    environment = os.environ | {
+        "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_API_PORT": str(port), **same_origin(port),
+    }  # fmt: skip
     with log.open("w") as lines:
         server = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"],
                                   env=environment, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
@@ -75,7 +111,19 @@ def start_server(home: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def same_origin(port: int) -> dict[str, str]:
+    """Settings by which a server's API answers no web page but its own UI, and changes nothing without a token."""
+    return {
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    }
 
 
 def _free_port() -> int:

@@ -8,13 +8,12 @@ from typing import Annotated, Any
 from prefect import flow
 from pydantic import Field
 
-from flows.refresh import DAY_S
 from tasks import stages
 
 __all__ = ["train"]
 
 
-@flow(name="train", flow_run_name="train {recipe_file}", timeout_seconds=7 * DAY_S)
+@flow(name="train", flow_run_name="train {recipe_file}")
 def train(
     recipe_file: Annotated[Path, Field(title="Recipe", description="Path of recipe.yaml, as the worker sees it.")],
     out: Annotated[Path | None, Field(description="Folder for the run; by default runs/NAME beside the recipe.")] = None,

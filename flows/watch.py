@@ -7,13 +7,13 @@ from typing import Any
 
 from prefect import flow
 
-from flows.refresh import DAY_S, CityFile, city_of_run, refresh, run_name
+from flows.refresh import CityFile, city_of_run, refresh, run_name
 from roadfuse_core.cubes import plan_ingest
 
 __all__ = ["watch"]
 
 
-@flow(name="watch", flow_run_name=run_name, timeout_seconds=DAY_S)
+@flow(name="watch", flow_run_name=run_name)
 def watch(city_file: CityFile) -> dict[str, Any] | None:
     """Refresh the city if there are files that its ledger does not know; a poll that costs next to nothing.
 

@@ -127,7 +127,7 @@ def write_tables() -> None:
 
 def train_all(out: Path, experiments: list[str], seeds: list[int], workers: int) -> None:
     """Every run that has no row yet, some at a time."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     wanted: dict[str, dict[str, None]] = {}
     for name in experiments:
         for stem in EXPERIMENTS[name].recipes:

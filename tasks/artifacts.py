@@ -38,22 +38,34 @@ class ProgressArtifact:
     """A `tell(what, done, total)` that keeps one progress artifact a job, at most every two seconds."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.ids, self.last, self.began = name, dict[str, Any](), dict[str, float](), dict[str, float]()
+        self.name = name
+        self.ids: dict[str, Any] = {}
+        self.last: dict[str, float] = {}
+        self.began: dict[str, float] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Create or update."""
-        now, percent = time.monotonic(), 100.0 * done / max(total, 1)
+        now = time.monotonic()
+        percent = 100.0 * done / max(total, 1)
+        self.began.setdefault(what, now)
         if what not in self.ids:
-            self.began[what] = now
-            self.ids[what] = create_progress_artifact(percent, key=slug(self.name, what), description=f"{what}: 0 of {total:,}")
+            self.ids[what] = create_progress_artifact(
+                percent, key=slug(self.name, what), description=f"{what}: {done:,} of {total:,}"
+            )
         elif done == total or now - self.last[what] > EVERY_S:
-            spent = now - self.began[what]
-            left = spent * (total - done) / max(done, 1)
-            text = f"{what}: {done:,} of {total:,}, {done / max(spent, 1e-9):,.1f} a second, {left:,.0f} s left"
-            update_progress_artifact(self.ids[what], percent, description=text)
+            self._update(what, done, total, percent, now - self.began[what])
         else:
             return
         self.last[what] = now
+
+    def _update(self, what: str, done: int, total: int, percent: float, spent_s: float) -> None:
+        left_s = spent_s * (total - done) / max(done, 1)
+        text = f"{what}: {done:,} of {total:,}, {done / max(spent_s, 1e-9):,.1f} a second, {left_s:,.0f} s left"
+        try:
+            update_progress_artifact(self.ids[what], percent, description=text)
+        except Exception:  # somebody may have deleted it: the next step makes another
+            del self.ids[what]
+            raise
 
 
 @task(name="summarise")
@@ -61,14 +73,17 @@ def summarise(
     city_file: Path, record: dict[str, Any], scored: dict[str, MapScores], stages: list[Stage], files: dict[str, Path],
     reasons: Sequence[str], workers: int, dashboard: str | None,
 ) -> None:  # fmt: skip
-    """One Markdown artifact of the run, and tables of scores by tile."""
+    """One Markdown artifact of the run, and tables of scores by tile; the run goes on where they cannot be shown."""
     city = load_city(city_file)
-    text = page(city, record, scored, stages, files, reasons, workers, dashboard)
-    create_markdown_artifact(text, key=slug(city.name, "refresh"), description=f"refresh of {city.name}")
-    if rows := worst_tiles(city):
-        create_table_artifact(rows, key=slug(city.name, "worst-tiles"), description="tiles with the most wrong pixels")
     if reasons:
         get_run_logger().warning("held back: %s", "; ".join(reasons))
+    try:
+        text = page(city, record, scored, stages, files, reasons, workers, dashboard)
+        create_markdown_artifact(text, key=slug(city.name, "refresh"), description=f"refresh of {city.name}")
+        if rows := worst_tiles(city):
+            create_table_artifact(rows, key=slug(city.name, "worst-tiles"), description="tiles with the most wrong pixels")
+    except Exception as error:
+        get_run_logger().warning("the run's artifacts cannot be shown (%s: %s)", type(error).__name__, error)
 
 
 def page(

@@ -29,7 +29,7 @@ from roadfuse_core.simulate import CityKnobs, simulate_city
 from roadfuse_core.training import load_recipe
 from roadfuse_core.training import train as train_network
 from tasks.artifacts import ProgressArtifact
-from tasks.progress import ConsoleProgress, LogProgress
+from tasks.progress import ConsoleProgress, LogProgress, SafeProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,15 +44,9 @@ __all__ = [
 @contextmanager
 def _tell(name: str) -> Iterator[Any]:
     """Progress on the terminal, in Prefect's log, and as artifacts whose keys begin with the name."""
-    log, artifact = LogProgress(get_run_logger()), ProgressArtifact(name)
+    log = get_run_logger()
     with ConsoleProgress() as bars:
-
-        def all_three(what: str, done: int, total: int) -> None:
-            bars(what, done, total)
-            log(what, done, total)
-            artifact(what, done, total)
-
-        yield all_three
+        yield SafeProgress(bars, LogProgress(log), ProgressArtifact(name), log=log)
 
 
 @task(name="simulate")

@@ -11,6 +11,7 @@ import typer.main
 import yaml
 
 from flows.cli import app
+from flows.server import same_origin
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.metrics import append_history, write_metrics
 from roadfuse_core.settings import ClusterSpec
@@ -61,6 +62,16 @@ def test_nothing_listens_beyond_loopback_and_no_password_is_written_down():
     example = (INFRA / "compose/.env.example").read_text()
     asked = set(re.findall(r"\$\{(\w+):\?", (INFRA / "compose/compose.yaml").read_text()))
     assert asked == set(re.findall(r"^(\w+)=$", example, re.MULTILINE))
+
+
+def test_every_server_answers_its_own_page_alone():
+    """In compose, on Kubernetes and as the page for operators says."""
+    settings = compose()["services"]["prefect"]["environment"]
+    values = yaml.safe_load((INFRA / "k8s/prefect-server-values.yaml").read_text())["server"]["env"]
+    exported = re.findall(r"^export (PREFECT_SERVER\w+)=(\S+)", (ROOT / "docs/operate.md").read_text(), re.MULTILINE)
+    wanted = same_origin(4200)
+    for given in (settings, {v["name"]: v["value"] for v in values}, dict(exported)):
+        assert {name: given.get(name) for name in wanted} == wanted
 
 
 def test_commands_in_images_exist():
