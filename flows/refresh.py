@@ -131,7 +131,7 @@ def _score(
     reasons: list[str] = stages.decide(city_file, record, scored) if held else []
     if labelled and city.points and baseline and not reasons:
         with watch.stage("kernel density"):
-            stages.predict(city_file, scheduler, "baseline", stages.tune_baseline(city_file))
+            stages.predict(city_file, scheduler, "baseline", stages.tune_baseline(city_file, scheduler))
             scored["baseline"] = stages.score(city_file, scheduler, "baseline")
     return scored, reasons
 

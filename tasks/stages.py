@@ -75,11 +75,11 @@ def ingest_dumps(city_file: Path, scheduler: str) -> dict[str, Any] | None:
 
 
 @task(name="tune baseline")
-def tune_baseline(city_file: Path) -> Path:
+def tune_baseline(city_file: Path, scheduler: str) -> Path:
     """Tune kernel density on the training tiles of the published map's model; returns the model file."""
     city = load_city(city_file)
-    with _tell(city.name) as tell:
-        model = tune_kde(city, tell, split_of_map(city, MapReader(city).record))
+    with Client(scheduler) as client, _tell(city.name) as tell:
+        model = tune_kde(city, tell, split_of_map(city, MapReader(city).record), client)
     return write_whole(city.workspace_path / "kde.json", model.model_dump_json(indent=1))
 
 

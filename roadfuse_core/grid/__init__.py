@@ -1,6 +1,6 @@
 """Pure geometry: the city's grid, its tiles, the way from coordinates to pixels, the window lattice."""
 
-from roadfuse_core.grid._grid import Bounds, Grid, TileIndex, make_grid
+from roadfuse_core.grid._grid import Bounds, Grid, TileIndex, make_grid, tiles_near
 from roadfuse_core.grid._lattice import Block, Lattice, blocks_of
 from roadfuse_core.grid._projection import PixelProjection, fit_projection
 from roadfuse_core.grid._split import (
@@ -34,4 +34,5 @@ __all__ = [
     "split_tiles",
     "taught_near",
     "tiles_learnt",
+    "tiles_near",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,6 +110,14 @@ class Grid:
         cols = _cells(box.left - bounds.left, box.right - bounds.left, self.tile_m, self.tiles_x)
         rows = _cells(bounds.top - box.top, bounds.top - box.bottom, self.tile_m, self.tiles_y)
         return [TileIndex(r, c) for r in rows for c in cols]
+
+
+def tiles_near(grid: Grid, tiles: Iterable[TileIndex], halo_px: int) -> set[TileIndex]:
+    """Tiles of a grid that share a pixel with any of some tiles, these enlarged by some pixels."""
+    reach = -(-halo_px // grid.tile_px)
+    steps = range(-reach, reach + 1)
+    near = {TileIndex(row + i, col + j) for row, col in tiles for i in steps for j in steps}
+    return {t for t in near if 0 <= t.row < grid.tiles_y and 0 <= t.col < grid.tiles_x}
 
 
 def _cells(low: float, high: float, size: float, count: int) -> range:

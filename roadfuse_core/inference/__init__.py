@@ -1,9 +1,9 @@
 """Inference: predictors, plans, windows on Dask, the published map."""
 
-from roadfuse_core.inference._calibrate import Calibration, calibrate
+from roadfuse_core.inference._calibrate import Calibration, calibrate, software_versions
 from roadfuse_core.inference._evidence import Evidence, read_evidence, readers_of
 from roadfuse_core.inference._learnt import split_of_map
-from roadfuse_core.inference._map import MapReader, MapRecord, map_key, maps_path
+from roadfuse_core.inference._map import MapReader, MapRecord, changed_map_tiles, map_key, maps_path
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._predictor import (
     KdeModel,
@@ -31,6 +31,7 @@ __all__ = [
     "PredictorRef",
     "RefreshPlan",
     "calibrate",
+    "changed_map_tiles",
     "choose_weights",
     "infer",
     "load_predictor",
@@ -46,5 +47,6 @@ __all__ = [
     "require_target",
     "resolve_weights",
     "rollback",
+    "software_versions",
     "split_of_map",
 ]

@@ -28,7 +28,7 @@ from roadfuse_core.inference._predictor import (
 )
 from roadfuse_core.settings import ModelSpec
 
-__all__ = ["Calibration", "calibrate", "halve_batch"]
+__all__ = ["Calibration", "calibrate", "halve_batch", "software_versions"]
 
 log = logging.getLogger(__name__)
 CPU_BATCHES, GPU_BATCHES = (1, 2, 4, 8), (8, 16, 32, 64, 128)

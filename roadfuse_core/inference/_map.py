@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from roadfuse_core.cubes import ZSTD, grid_attributes, open_repository, read_group, write_coordinates
 from roadfuse_core.errors import ConfigError, NothingPublishedError, StoreError
-from roadfuse_core.grid import Grid
+from roadfuse_core.grid import Grid, TileIndex
 from roadfuse_core.mosaic import NODATA, PROBABILITY_SCALE
 from roadfuse_core.settings import City
 
-__all__ = ["MapReader", "MapRecord", "candidate", "map_key", "maps_path", "prepare_map", "standing_record"]
+__all__ = ["MapReader", "MapRecord", "candidate", "changed_map_tiles", "map_key", "maps_path", "prepare_map", "standing_record"]
 
 MapRecord = dict[str, Any]
 
@@ -54,7 +54,8 @@ class MapReader:
         repository = open_repository(maps_path(city))
         if held and candidate(group) not in repository.list_branches():
             raise StoreError(f"{maps_path(city)}: no {group} is held back")
-        root = read_group(repository, candidate(group) if held else "main")
+        self.snapshot = str(repository.lookup_branch(candidate(group) if held else "main"))
+        root = read_group(repository, snapshot=self.snapshot)
         if group not in root:
             raise NothingPublishedError(f"{maps_path(city)}: holds no {group} yet; run `roadfuse refresh` first")
         self.folder, self.group = root[group], group
@@ -78,6 +79,29 @@ class MapReader:
         """The map as xarray reads it: lazily, with coordinates and CRS (`.rio.crs`)."""
         found = xr.open_zarr(self.folder.store, group=self.group, consolidated=False, mask_and_scale=False)
         return found.set_coords("crs")
+
+
+def changed_map_tiles(city: City, group: str, since: str, now: str) -> set[TileIndex] | None:
+    """Tiles of a map of which any array may differ between two snapshots of the repository; None where that cannot be told.
+
+    Args:
+        city: The city.
+        group: Which map.
+        since: The earlier snapshot, as `MapReader.snapshot`.
+        now: The later one.
+    """
+    if since == now:
+        return set()
+    try:
+        diff = open_repository(maps_path(city)).diff(from_snapshot_id=since, to_snapshot_id=now)
+    except icechunk.IcechunkError:
+        return None
+    below = f"/{group}"
+    made = diff.new_groups | diff.deleted_groups | diff.new_arrays | diff.deleted_arrays
+    if any(path == below or path.startswith(f"{below}/") for path in made):
+        return None
+    chunks = [places for path, places in diff.updated_chunks.items() if path.startswith(f"{below}/")]
+    return {TileIndex(*place) for places in chunks for place in places if len(place) == 2}
 
 
 def standing_record(city: City, group: str) -> tuple[str, MapRecord] | None:

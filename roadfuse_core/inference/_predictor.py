@@ -372,10 +372,11 @@ def resolve_weights(weights: str, root: Path) -> PredictorRef:
         raise ConfigError(
             "model.weights", weights, "is neither a shipped name nor a file", f"use default, {', '.join(SHIPPED)} or a path"
         )
-    if path.suffix == ".safetensors":
-        read_checkpoint_info(path)
-    else:
-        read_kde(path)
+    if path.suffix != ".safetensors":
+        # Not the words on where it was tuned: a tuning that finds the same makes the same map.
+        decides = read_kde(path).model_dump_json(exclude={"tuned_on"})
+        return PredictorRef(path=path, digest=blake3(decides.encode()).hexdigest(8))
+    read_checkpoint_info(path)
     return PredictorRef(path=path, digest=blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest(8))
 
 

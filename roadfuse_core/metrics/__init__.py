@@ -9,10 +9,10 @@ from roadfuse_core.metrics._city import (
     describe_tiles,
     read_scores,
     score_city,
-    tune_kde,
 )
 from roadfuse_core.metrics._confusion import Confusion, Scores, confusion, scores
 from roadfuse_core.metrics._gate import Verdict, append_history, judge, read_history, write_metrics
+from roadfuse_core.metrics._tune import tune_kde
 
 __all__ = [
     "NEAR_M",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,25 +18,24 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
-from roadfuse_core.cubes import CubeReader, Layer, cubes_path, halo_px, open_repository, render
+from roadfuse_core.cubes import CubeReader, changed_tiles, cubes_path, open_repository
 from roadfuse_core.errors import ConfigError, NothingPublishedError, StoreError
-from roadfuse_core.files import replacing
-from roadfuse_core.grid import ImpliedSplit, SplitRule, TaughtCity, TileIndex, split_tiles
-from roadfuse_core.inference import KdeModel, MapReader, split_of_map
-from roadfuse_core.labels import RoadMap, labels_digest, open_map
+from roadfuse_core.files import digest_of, replacing
+from roadfuse_core.grid import ImpliedSplit, TileIndex, tiles_near
+from roadfuse_core.inference import MapReader, changed_map_tiles, software_versions, split_of_map
+from roadfuse_core.labels import labels_digest, open_map
 from roadfuse_core.metrics._confusion import Confusion, Scores, confusion, scores
 from roadfuse_core.settings import City
 
 __all__ = [
     "NEAR_M", "CityScores", "MapScores", "ScoredOn", "current_scores", "describe_tiles", "read_scores", "score_city",
-    "tune_kde",
 ]  # fmt: skip
 
 NEAR_M = 20.0
 TILES = 16  # that one job counts
 CityScores = dict[str, dict[str, float]]
-FACTS = b"roadfuse"  # key of a file's metadata
-SIGMAS_M = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+FACTS, COUNTED = b"roadfuse", b"roadfuse-counted"  # keys of a file's metadata
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def score_city(
 ) -> MapScores:  # fmt: skip
     """Scores of a published map, and the confusion counts of every tile in a Parquet file.
 
+    Counts of the file before stand where neither the map nor points near the tile changed, if the labels are the same.
+
     Args:
         city: With labels.
         group: Which map.
@@ -95,17 +97,83 @@ def score_city(
         ConfigError: The city has no labels.
         StoreError: There is no such map yet, or it was replaced while it was scored.
     """
-    _labels(city)
+    if city.truth is None:
+        raise ConfigError(
+            f"labels.{city.target}", None, "is missing", f"name a mask or a map of {city.target} to score against"
+        )
     scored = MapReader(city, group, held)
-    split = split or _split_of(city, group, scored)
-    tiles = city.make_grid().tiles()
-    jobs = [_ScoreJob(city, group, held, split.tiles, tuple(tiles[k : k + TILES])) for k in range(0, len(tiles), TILES)]
+    split, basis = split or _split_of(city, group, scored), _basis_of(city, scored)
+    kept = _read_counts(_scores_path(city, group))
+    again = _to_count(city, group, kept[0] if kept else None, basis)
+    jobs = [_ScoreJob(city, group, held, basis.points, tuple(again[k : k + TILES])) for k in range(0, len(again), TILES)]
     rows = [row for found in run_jobs(client, _count_tiles, jobs, f"scoring {group}", tell) for row in found]
     if MapReader(city, group, held).key != scored.key:
         raise StoreError(f"{group} {scored.key} was replaced while it was scored; run again")
-    on = _scored_on(city, scored.key, split)
-    _write(_scores_path(city, group), rows, on)
+    stand = set(again)
+    rows += [row for row in (kept[1] if kept else []) if (row["row"], row["col"]) not in stand]
+    on = _scored_on(city, scored.key, split, basis.points)
+    rows = _in_order(rows, split)
+    _write(_scores_path(city, group), rows, on, basis)
     return _summarise(rows, on)
+
+
+def _in_order(rows: list[Row], split: ImpliedSplit) -> list[Row]:
+    """Rows of tiles row-major, each with the tile's split as it is now."""
+    rows.sort(key=lambda row: (row["row"], row["col"], row["subset"] == "near"))
+    return [row | {"split": split.tiles[TileIndex(row["row"], row["col"])]} for row in rows]
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What decided the counts of all tiles.
+
+    Attributes:
+        maps: Snapshot of the maps.
+        points: Snapshot of the cube that decided what is near a point; None for a city without points.
+        fixed: Digest of what all tiles depend on: labels, grid, software.
+    """
+
+    maps: str
+    points: str | None
+    fixed: str
+
+
+def _basis_of(city: City, scored: MapReader) -> _Basis:
+    points = str(open_repository(cubes_path(city)).lookup_branch("main")) if city.points else None
+    fixed = repr([labels_digest(city), city.make_grid(), NEAR_M, software_versions()])
+    return _Basis(scored.snapshot, points, digest_of(fixed.encode()))
+
+
+def _to_count(city: City, group: str, kept: _Basis | None, now: _Basis) -> list[TileIndex]:
+    """Tiles whose counts may differ from those that are kept, row-major."""
+    grid = city.make_grid()
+    if kept is None or kept.fixed != now.fixed or (kept.points is None) != (now.points is None):
+        return grid.tiles()
+    changed = changed_map_tiles(city, group, kept.maps, now.maps)
+    if changed is None:
+        return grid.tiles()
+    if kept.points and kept.points != now.points:
+        try:
+            moved = changed_tiles(city, kept.points)
+        except StoreError:  # expired
+            return grid.tiles()
+        changed |= tiles_near(grid, moved, math.ceil(NEAR_M / grid.resolution_m))
+    return sorted(changed)
+
+
+def _read_counts(path: Path) -> tuple[_Basis, list[Row]] | None:
+    """What an earlier scoring counted, and on which basis; None if there is none, or none that is as it was written."""
+    try:
+        table = pq.read_table(path)
+        facts = json.loads(table.schema.metadata[COUNTED])
+        rows = table.to_pylist()
+        return (_Basis(**facts["basis"]), rows) if facts["digest"] == _digest(rows) else None
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None  # all is counted again
+
+
+def _digest(rows: list[Row]) -> str:
+    return digest_of(json.dumps([list(row.values()) for row in rows]).encode())
 
 
 def describe_tiles(found: MapScores) -> str:
@@ -134,7 +202,8 @@ def current_scores(city: City, group: str = "map", held: bool = False) -> MapSco
     if found is None:
         return None
     scored = MapReader(city, group, held)
-    return found if found.on == _scored_on(city, scored.key, _split_of(city, group, scored)) else None
+    points = str(open_repository(cubes_path(city)).lookup_branch("main")) if city.points else None
+    return found if found.on == _scored_on(city, scored.key, _split_of(city, group, scored), points) else None
 
 
 def _split_of(city: City, group: str, scored: MapReader) -> ImpliedSplit:
@@ -146,15 +215,14 @@ def _split_of(city: City, group: str, scored: MapReader) -> ImpliedSplit:
     return split_of_map(city, scored.record)
 
 
-def _scored_on(city: City, key: str, split: ImpliedSplit) -> ScoredOn:
+def _scored_on(city: City, key: str, split: ImpliedSplit, points: str | None) -> ScoredOn:
     labels = labels_digest(city) or ""
     test = [[tile.row, tile.col] for tile in split.named("test")]
     basis = blake3(json.dumps([labels, test]).encode()).hexdigest(8)
-    points = open_repository(cubes_path(city)).lookup_branch("main") if city.points else None
     return ScoredOn(key, labels, basis, split.source, split.overlap, points)
 
 
-def _summarise(rows: list[dict[str, object]], on: ScoredOn) -> MapScores:
+def _summarise(rows: list[Row], on: ScoredOn) -> MapScores:
     near = ("test_near", "all_near") if on.points else ()
     return MapScores({name: asdict(_score(rows, name)) for name in ("test", "all", *near)}, on)
 
@@ -168,17 +236,17 @@ class _ScoreJob:
     city: City
     group: str
     held: bool
-    splits: dict[TileIndex, str]
+    points: str | None
     tiles: tuple[TileIndex, ...]
 
 
-def _count_tiles(job: _ScoreJob) -> list[dict[str, object]]:
+def _count_tiles(job: _ScoreJob) -> list[Row]:
     """Confusion counts of some tiles, for every subset of their pixels."""
-    city = job.city
-    grid, labels, reader = city.make_grid(), _labels(city), MapReader(city, job.group, job.held)
-    px = grid.tile_px
-    cube = CubeReader(cubes_path(city)) if city.points else None
-    rows: list[dict[str, object]] = []
+    city, grid = job.city, job.city.make_grid()
+    assert city.truth is not None
+    labels, reader, px = open_map(city, *city.truth, grid), MapReader(city, job.group, job.held), grid.tile_px
+    cube = CubeReader(cubes_path(city), job.points) if job.points else None
+    rows: list[Row] = []
     for tile in job.tiles:
         where = (tile.row * px, tile.col * px, px, px)
         road, known = labels.window(*where)
@@ -186,16 +254,8 @@ def _count_tiles(job: _ScoreJob) -> list[dict[str, object]]:
             predicted = reader.window("road", *where) == 1
             for subset, mask in _subsets(known, cube, where, grid.resolution_m):
                 counts = confusion(predicted, road, mask)
-                rows.append({"row": tile.row, "col": tile.col, "split": job.splits[tile], "subset": subset, **counts._asdict()})
+                rows.append({"row": tile.row, "col": tile.col, "split": "", "subset": subset, **counts._asdict()})
     return rows
-
-
-def _labels(city: City) -> RoadMap:
-    if city.truth is None:
-        raise ConfigError(
-            f"labels.{city.target}", None, "is missing", f"name a mask or a map of {city.target} to score against"
-        )
-    return open_map(city, *city.truth, city.make_grid())
 
 
 def _subsets(
@@ -214,70 +274,16 @@ def _subsets(
     yield "near", known & near
 
 
-def _score(rows: list[dict[str, object]], name: str) -> Scores:
+def _score(rows: list[Row], name: str) -> Scores:
     subset, only_test = ("near" if name.endswith("near") else "known"), name.startswith("test")
     chosen = [r for r in rows if r["subset"] == subset and (r["split"] == "test" or not only_test)]
-    return scores([Confusion(*(int(str(r[k])) for k in Confusion._fields)) for r in chosen])
+    return scores([Confusion(*(int(r[k]) for k in Confusion._fields)) for r in chosen])
 
 
-def _write(path: Path, rows: list[dict[str, object]], on: ScoredOn) -> None:
+def _write(path: Path, rows: list[Row], on: ScoredOn, basis: _Basis) -> None:
     fields = [("row", pa.int32()), ("col", pa.int32()), ("split", pa.string()), ("subset", pa.string())]
-    metadata = {FACTS: json.dumps(asdict(on)).encode()}
+    counted = {"basis": asdict(basis), "digest": _digest(rows)}
+    metadata = {FACTS: json.dumps(asdict(on)).encode(), COUNTED: json.dumps(counted).encode()}
     schema = pa.schema(fields + [(k, pa.int64()) for k in Confusion._fields], metadata)
     with replacing(path) as part:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-
-
-def tune_kde(city: City, tell: Progress = quiet, split: ImpliedSplit | None = None) -> KdeModel:
-    """Kernel and threshold with the best global IoU on the city's training tiles; no other tile is read.
-
-    Args:
-        city: With points, ingested, and labels.
-        tell: Progress.
-        split: Which tiles are for training; by default those of seed 0, and the model says so.
-
-    Returns:
-        The tuned model.
-
-    Raises:
-        ConfigError: The city lacks points or labels, or its training tiles hold no road.
-    """
-    if city.points is None:
-        raise ConfigError("points", None, "is missing", "kernel density needs trajectories")
-    grid, labels, cube = city.make_grid(), _labels(city), CubeReader(cubes_path(city))
-    tiles = (split or ImpliedSplit(split_tiles(grid), "")).named("train")
-    edges = np.concatenate([[-np.inf], np.linspace(math.log(1e-7), math.log(1e2), 400), [np.inf]])
-    counts = np.zeros((len(SIGMAS_M), 2, len(edges) - 1), np.int64)
-    models = [KdeModel(sigma_m=s, threshold_per_m2=1, tuned_on="-").layer(grid.resolution_m) for s in SIGMAS_M]
-    for done, tile in enumerate(tiles, start=1):
-        _count_tile(counts, edges, models, cube, labels, tile, grid.tile_px)
-        tell("tuning kernel density", done, len(tiles))
-    # Pixels at or above each edge: true and false positives of a threshold there.
-    above = counts[:, :, ::-1].cumsum(2)[:, :, ::-1]
-    road = counts[:, 1].sum(1, keepdims=True)
-    iou = above[:, 1, 1:] / np.maximum(road + above[:, 0, 1:], 1)
-    kernel, edge = np.unravel_index(int(iou.argmax()), iou.shape)
-    if not iou[kernel, edge] > 0:
-        spec, key = city.truth or (None, "labels")
-        raise ConfigError(key, spec and spec.path, f"has no {city.target} near points on the training tiles", "check both")
-    what = f"{len(tiles)} training tiles of {city.name}, g_iou {iou[kernel, edge]:.4f}"
-    taught = None if split else (TaughtCity(city.name, grid, SplitRule()),)
-    threshold = float(np.exp(edges[edge + 1]))
-    return KdeModel(sigma_m=SIGMAS_M[kernel], threshold_per_m2=threshold, tuned_on=what, taught=taught)
-
-
-def _count_tile(
-    counts: NDArray[np.int64], edges: NDArray[np.float64], models: list[Layer], cube: CubeReader, labels: RoadMap,
-    tile: TileIndex, px: int,
-) -> None:  # fmt: skip
-    row, col = tile.row * px, tile.col * px
-    road, known = labels.window(row, col, px, px)
-    if not known.any():
-        return
-    halo = halo_px(models)
-    sums = cube.sums(models, row - halo, col - halo, px + 2 * halo, px + 2 * halo)
-    with np.errstate(divide="ignore"):
-        density = np.log(render(sums, models, halo))
-    for k in range(len(models)):
-        for truth in (0, 1):
-            counts[k, truth] += np.histogram(density[k][known & (road == bool(truth))], edges)[0]
