@@ -98,12 +98,14 @@ def _check_points(city: City) -> list[str]:
     grid = city.make_grid()
     fit_projection(grid, city.points.crs)
     known, files = find_new(city)
-    rows = sum(n or 0 for n in check_columns(city, files))
+    rows = sum(check_columns(city, files))
     empty = empty_files(city, files)
     if not known and len(empty) == len(files):
         raise ConfigError("points.sources", list(city.points.sources), "hold no rows", "point at files with data")
     said = [f"points: {len(known) + len(files)} files", f"{len(known)} of them in the ledger" if known else ""]
-    said.append(f"{rows:,} rows in {'new ' if known else ''}Parquet" if rows else "")
+    new = "new " if known else ""
+    counted = all(f.is_parquet for f in files)
+    said.append(f"{rows:,} rows in {new}Parquet" if rows and counted else f"about {rows:,} {new}rows" if rows else "")
     found = [", ".join(text for text in said if text)]
     found += [f"points: {f.label} is empty" for f in empty[:5]]
     if (step := single_precision_step(city, files)) > 0.5:

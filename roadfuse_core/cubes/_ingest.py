@@ -41,12 +41,12 @@ from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.files import DamagedFileError, read_record, write_record
 from roadfuse_core.grid import Grid, TileIndex
 from roadfuse_core.points import (
-    Part,
     ShardFile,
     Shuffle,
     Slice,
     SliceReport,
     arrays_of,
+    cut_buckets,
     find_speed_break,
     is_intact,
     map_slice,
@@ -239,10 +239,11 @@ def _slices(
     """The jobs of the map; where vehicles matter, their samples are brought together first."""
     bare = spec.model_copy(update={"sources": ("-",)})
     parts = cut_parts(plan, folder)
-    if needs_vehicles(spec) and len(parts) > 1:
-        shuffles = [Shuffle(bare, part, plan.slices, str(folder / f"shuffle-{n:05d}.parquet")) for n, part in enumerate(parts)]
-        shuffled = tuple(run_jobs(client, shuffle_slice, shuffles, "shuffling vehicles", tell))
-        parts = [Part(shuffled, bucket=k) for k in range(plan.slices)]
+    # How many rows text has is known once it was read.
+    if needs_vehicles(spec) and (len(parts) > 1 or not all(s.is_parquet for s in plan.sources)):
+        shuffles = [Shuffle(bare, part, str(folder / f"shuffle-{n:05d}.parquet")) for n, part in enumerate(parts)]
+        shuffled = run_jobs(client, shuffle_slice, shuffles, "shuffling vehicles", tell)
+        parts = cut_buckets(shuffled, plan.rows_per_slice)
     away = f"{quarantine}/{plan.dump}" if quarantine else ""
     return [
         Slice(bare, grid, part, str(folder / f"shard-{n:05d}.json"), plan.rows_per_slice, away) for n, part in enumerate(parts)

@@ -66,7 +66,6 @@ ROWS_PER_SLICE = 4_000_000  # more would let memory grow with the points
 # Jobs for each worker, so that none waits long for the last; fewer rows than the least are not worth a job.
 JOBS_PER_WORKER = 4
 LEAST_ROWS_PER_SLICE = 250_000
-BYTES_PER_TEXT_ROW = 30
 # Resident bytes of a worker before it does anything, with all libraries loaded; measured, with room.
 BASE_BYTES = 450_000_000
 SAMPLED_FILES = 16
@@ -82,8 +81,8 @@ class IngestPlan:
         dump: Name of the new dump, from its content; empty when there is nothing new.
         files: New files with size and content hash.
         known: Files whose content the ledger already holds.
-        rows: Rows to read; counted for Parquet, estimated from the size for text.
-        slices: Jobs of the map.
+        rows: Rows to read; counted for Parquet, estimated from the size and the first rows for text.
+        slices: Jobs of the map, about.
         rows_per_slice: Most rows of a job, by the memory of a worker.
     """
 
@@ -187,7 +186,7 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
         elif f["label"] in by_label:
             raise DataError(f"points.sources: {f['label']} was ingested with other content; give the new content a new name")
         else:
-            new.append(f | {"rows": rows if rows is not None else int(str(f["size"])) // BYTES_PER_TEXT_ROW})
+            new.append(f | {"rows": rows})
     rows = sum(f["rows"] for f in new)
     per_slice = rows_per_slice(city, rows)
     if not new:

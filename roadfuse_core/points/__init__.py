@@ -6,8 +6,10 @@ from roadfuse_core.points._read import DUCKDB_BYTES, METRES_PER_SECOND, Part, Ro
 from roadfuse_core.points._samples import ADDENDS, Collector, Samples, addend_table, arrays_of, columns_of, period_of
 from roadfuse_core.points._shard import (
     Shuffle,
+    Shuffled,
     Slice,
     SliceReport,
+    cut_buckets,
     is_intact,
     map_slice,
     needs_vehicles,
@@ -38,6 +40,7 @@ __all__ = [
     "Samples",
     "ShardFile",
     "Shuffle",
+    "Shuffled",
     "Slice",
     "SliceReport",
     "SourceFile",
@@ -47,6 +50,7 @@ __all__ = [
     "arrays_of",
     "check_columns",
     "columns_of",
+    "cut_buckets",
     "empty_files",
     "find_sources",
     "find_speed_break",

@@ -21,11 +21,13 @@ from roadfuse_core.files import replacing
 from roadfuse_core.points._vehicles import NO_VEHICLE, quoted, vehicle_number
 from roadfuse_core.settings import PointsSpec
 
-__all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_batches", "read_rows", "shuffle_rows", "time_span"]
+__all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_batches", "read_rows", "rows_by_bucket", "shuffle_rows", "time_span"]
 
 METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
 NO_TIME = np.iinfo(np.int64).min
 DUCKDB_BYTES = 800_000_000
+# Vehicles come together in so many buckets, each far smaller than a slice, so that slices can be cut by what there is.
+BUCKETS = 4096
 BATCH_ROWS = 14_336  # 112 KiB a column, which fit the cache
 ABSENT = ["", "None", "none", "NULL", "null", "NaN", "nan", "NA"]
 
@@ -62,12 +64,12 @@ class Part:
     Attributes:
         paths: Files, all Parquet or all text; or what `shuffle_rows` wrote.
         rows: Row numbers [from, to) of a single Parquet file; None for all rows.
-        bucket: Which vehicles of shuffled files; None for files as they came.
+        buckets: Which vehicles of shuffled files, buckets [from, to); None for files as they came.
     """
 
     paths: tuple[str, ...]
     rows: tuple[int, int] | None = None
-    bucket: int | None = None
+    buckets: tuple[int, int] | None = None
 
 
 @contextmanager
@@ -149,16 +151,15 @@ def time_span(spec: PointsSpec, path: str, scratch: Path) -> tuple[int, int] | N
     return None if low is None else (int(low), int(high))
 
 
-def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scratch: Path) -> None:
+def shuffle_rows(spec: PointsSpec, part: Part, target: Path, scratch: Path) -> None:
     """Write a part's rows, in plain columns, sorted by the bucket of their vehicle.
 
-    Each bucket can then be read from all such files by the few row groups that hold it: vehicles come together in
-    one pass over the dump, however large it is.
+    Any buckets can then be read from all such files by the few row groups that hold them: vehicles come together in
+    one pass over the dump, however large it is. DuckDB sorts on the disk what does not fit its memory.
 
     Args:
         spec: How the files are laid out.
         part: Which rows.
-        buckets: How many buckets.
         target: The Parquet file; it gets its name when it is complete.
         scratch: Where DuckDB spills.
 
@@ -171,8 +172,18 @@ def shuffle_rows(spec: PointsSpec, part: Part, buckets: int, target: Path, scrat
         out = str(unfinished).replace("'", "''")
         # Rows without a vehicle have no neighbours: any bucket is theirs, and none gets all of them.
         spread = f"CASE WHEN vehicle = {NO_VEHICLE} THEN row_number() OVER () ELSE vehicle END"
-        bucketed = f"SELECT *, ({spread} % {int(buckets)})::INTEGER AS bucket FROM ({query}) ORDER BY bucket"
+        bucketed = f"SELECT *, ({spread} % {BUCKETS})::INTEGER AS bucket FROM ({query}) ORDER BY bucket"
         connection.execute(f"COPY ({bucketed}) TO '{out}' ({layout})", parameters)
+
+
+def rows_by_bucket(path: Path) -> NDArray[np.int64]:
+    """Rows of each bucket of a file that `shuffle_rows` wrote."""
+    counts = np.zeros(BUCKETS, np.int64)
+    with duckdb.connect() as connection:
+        connection.execute("SET threads = 1")
+        found = connection.execute("SELECT bucket, count(*) FROM read_parquet(?) GROUP BY bucket", [str(path)]).fetchnumpy()
+    counts[found["bucket"]] = found["count_star()"]
+    return counts
 
 
 def _rows(table: pa.Table | pa.RecordBatch) -> Rows:
@@ -195,8 +206,8 @@ def _query(
     connection: duckdb.DuckDBPyConnection, spec: PointsSpec, part: Part, ordered: bool, unsorted: bool = False
 ) -> tuple[str, list[object]]:
     """SQL for a part's rows in plain columns."""
-    if part.bucket is not None:
-        rows, parameters = _bucket_query(spec, part, ordered)
+    if part.buckets is not None:
+        rows, parameters = _bucket_query(spec, part.paths, part.buckets, ordered)
     else:
         rows, parameters = _files_query(connection, spec, part, ordered)
     if not ordered or unsorted:
@@ -206,10 +217,13 @@ def _query(
     return f"{rows} ORDER BY {', '.join(keys)}", parameters
 
 
-def _bucket_query(spec: PointsSpec, part: Part, ordered: bool) -> tuple[str, list[object]]:
-    """SQL for a bucket of shuffled files, whose columns are plain already."""
+def _bucket_query(
+    spec: PointsSpec, paths: tuple[str, ...], buckets: tuple[int, int], ordered: bool
+) -> tuple[str, list[object]]:
+    """SQL for some buckets of shuffled files, whose columns are plain already."""
     names = ", ".join(quoted(name) for name in _columns(spec, {}, ordered))
-    return f"SELECT {names} FROM read_parquet(?) WHERE bucket = {part.bucket}", [list(part.paths)]
+    where = "WHERE bucket >= {} AND bucket < {}".format(*buckets)
+    return f"SELECT {names} FROM read_parquet(?) {where}", [list(paths)]
 
 
 def _files_query(

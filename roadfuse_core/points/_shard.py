@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from roadfuse_core.files import DamagedFileError, digest_of, read_record, write_
 from roadfuse_core.grid import Grid, PixelProjection, fit_projection
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import shift_datum
-from roadfuse_core.points._read import Part, Rows, read_batches, shuffle_rows
+from roadfuse_core.points._read import Part, Rows, read_batches, rows_by_bucket, shuffle_rows
 from roadfuse_core.points._samples import Collector
 from roadfuse_core.points._shard_file import write_shard
 from roadfuse_core.points._units import SpeedRatios
@@ -27,8 +29,10 @@ from roadfuse_core.settings import PointsSpec
 
 __all__ = [
     "Shuffle",
+    "Shuffled",
     "Slice",
     "SliceReport",
+    "cut_buckets",
     "is_intact",
     "map_slice",
     "needs_vehicles",
@@ -106,19 +110,45 @@ class Shuffle:
 
     spec: PointsSpec
     part: Part
-    buckets: int
     target: str
 
 
-def shuffle_slice(job: Shuffle) -> str:
-    """Shuffle a part; a file that is already there, as it was written, is taken. Returns its path."""
+@dataclass(frozen=True)
+class Shuffled:
+    """A file of the shuffle.
+
+    Attributes:
+        path: Where it is.
+        rows: (4096,) int64 rows of each bucket.
+    """
+
+    path: str
+    rows: NDArray[np.int64]
+
+
+def shuffle_slice(job: Shuffle) -> Shuffled:
+    """Shuffle a part; a file that is already there, as it was written, is taken."""
     target = Path(job.target)
     record = target.with_suffix(".json")
     if not _is_shuffled(target, record):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shuffle_rows(job.spec, job.part, job.buckets, target, target.with_suffix(".spill"))
+        shuffle_rows(job.spec, job.part, target, target.with_suffix(".spill"))
         write_record(record, {"digest": digest_of(target)})
-    return job.target
+    return Shuffled(job.target, rows_by_bucket(target))
+
+
+def cut_buckets(files: Sequence[Shuffled], rows_per_slice: int) -> list[Part]:
+    """Shuffled files in parts of neighbouring buckets that hold at most so many rows; one larger bucket is a part alone."""
+    counts = np.sum([f.rows for f in files], axis=0)
+    edges, held = [0], 0
+    for bucket, rows in enumerate(counts.tolist()):
+        if held and held + rows > rows_per_slice:
+            edges.append(bucket)
+            held = 0
+        held += rows
+    edges.append(len(counts))
+    paths = tuple(f.path for f in files)
+    return [Part(paths, buckets=pair) for pair in pairwise(edges)]
 
 
 def _is_shuffled(target: Path, record: Path) -> bool:

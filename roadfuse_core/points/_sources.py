@@ -28,6 +28,7 @@ from pyproj import CRS
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.files import replacing
 from roadfuse_core.grid import fit_projection
+from roadfuse_core.points._text_rows import estimate_rows
 from roadfuse_core.settings import City, PointsSpec
 
 __all__ = ["SourceFile", "check_columns", "empty_files", "find_sources", "identify", "materialise", "single_precision_step"]
@@ -354,19 +355,20 @@ def _is_empty(opener: _Opener, file: SourceFile, header: bool) -> bool:
         return not stream.read(64).strip()
 
 
-def check_columns(city: City, files: list[SourceFile]) -> list[int | None]:
-    """Open every Parquet footer and every text header; rows of each Parquet file, None for text.
+def check_columns(city: City, files: list[SourceFile]) -> list[int]:
+    """Open every Parquet footer and every text header; rows of each file, counted for Parquet, for text by its head.
 
     Raises:
         ConfigError: A named column is absent or cannot hold what it should.
         DataError: A file is truncated or is not what its ending says.
     """
 
-    def rows(opener: _Opener, file: SourceFile) -> int | None:
+    def rows(opener: _Opener, file: SourceFile) -> int:
         if file.is_parquet:
             return _check_parquet(city, file, opener)
         _check_text(city, file, opener)
-        return None
+        with opener.open(file) as stream:
+            return estimate_rows(stream, file.size, _is_packed(file), _points(city).csv.header)
 
     return _by_path(files, rows)
 
@@ -422,9 +424,13 @@ def _check_text(city: City, file: SourceFile, opener: _Opener) -> None:
         _check_name(key, column, names, file)
 
 
+def _is_packed(file: SourceFile) -> bool:
+    """Whether a text file is compressed with gzip, by its ending."""
+    return (file.member or file.path).lower().endswith(".gz")
+
+
 def _unpacked(file: SourceFile, raw: IO[bytes]) -> IO[bytes]:
-    packed = (file.member or file.path).lower().endswith(".gz")
-    return gzip.open(raw) if packed else raw  # type: ignore[return-value]
+    return gzip.open(raw) if _is_packed(file) else raw  # type: ignore[return-value]
 
 
 def _first_line(file: SourceFile, opener: _Opener) -> str:
