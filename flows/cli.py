@@ -180,15 +180,27 @@ def ingest(
 
     city = load_city(city_file)
     plan = plan_ingest(city, files, replace)
-    if dry_run or not plan.dump:
-        _show_plan(city, plan, as_json)
+    if dry_run or not plan.dump or plan.dump == replace:
+        _show_plan(city, plan, as_json, replace)
         return
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, files, client, tell, replace, quarantine)
-    _print_json(entry) if as_json else _show_ledger([entry] if entry else [])
+    if as_json:
+        _print_json(entry)
+        return
+    _show_ledger([entry] if entry else [])
+    _show_notes(city)
 
 
-def _show_plan(city: City, plan: IngestPlan, as_json: bool) -> None:
+def _show_notes(city: City) -> None:
+    """Dumps that were read with other settings than the city file has now."""
+    from roadfuse_core.cubes import other_settings
+
+    for line in other_settings(city) if city.points else ():
+        console.print(line, style="yellow", markup=False)
+
+
+def _show_plan(city: City, plan: IngestPlan, as_json: bool, replace: str | None = None) -> None:
     from roadfuse_core.cubes import forecast
 
     facts: dict[str, Any] = {"dump": plan.dump or None, "new_files": len(plan.files), "known_files": len(plan.known),
@@ -199,6 +211,13 @@ def _show_plan(city: City, plan: IngestPlan, as_json: bool) -> None:
         return
     console.print(f"{len(plan.files)} new files, {facts['bytes'] / 1e6:,.1f} MB, about {plan.rows:,} rows in "
                   f"{plan.slices} slices; {len(plan.known)} files are already in the ledger")  # fmt: skip
+    if plan.copies:
+        console.print(f"{len(plan.copies)} files are copies of others and are not read again: {', '.join(plan.copies[:5])}",
+                      markup=False)  # fmt: skip
+    if replace and plan.dump in ("", replace):
+        why = "it was made of these files with these settings" if plan.dump else "there is no new file to take its place"
+        console.print(f"dump {replace} stays as it is: {why}", style="yellow", markup=False)
+    _show_notes(city)
     if told is None:
         return
     chunk = f"{told.points_per_chunk:,.0f} points a tile and period"
@@ -333,7 +352,7 @@ def export(
 @app.command()
 def status(city_file: CityFile, as_json: AsJson = False) -> None:
     """Dumps in the ledger, snapshots of the cube, and the published map."""
-    from roadfuse_core.cubes import ledger, snapshots
+    from roadfuse_core.cubes import ledger, other_settings, snapshots
     from roadfuse_core.inference import MapReader
 
     city = load_city(city_file)
@@ -343,9 +362,12 @@ def status(city_file: CityFile, as_json: AsJson = False) -> None:
     except NothingPublishedError:
         record = None
     if as_json:
-        _print_json({"dumps": dumps, "snapshots": [asdict(s) for s in snapshots(city)], "map": record})
+        notes = other_settings(city) if city.points else []
+        snapshot_rows = [asdict(s) for s in snapshots(city)]
+        _print_json({"dumps": dumps, "snapshots": snapshot_rows, "map": record, "notes": notes})
         return
     _show_ledger(dumps)
+    _show_notes(city)
     for s in snapshots(city):
         console.print(f"snapshot {s.id}  {s.made:%Y-%m-%d %H:%M:%S}  {s.message}")
     console.print(f"map  {record['made']} by {record['model']}" if record else "no map yet: roadfuse refresh")

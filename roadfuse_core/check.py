@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from roadfuse_core.cubes import FIXED_POINT, find_new, ledger
+from roadfuse_core.cubes import FIXED_POINT, find_new, ledger, other_settings, require_same_cube
 from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.imagery import ImageryReader, RasterKey, find_imagery
@@ -89,7 +89,15 @@ def _check_grid(city: City) -> list[str]:
 def _check_first_points(city: City) -> list[str]:
     """The sources of a city without dumps; otherwise the ingest checks what is new, and many objects are listed once."""
     dumps = len(ledger(city)) if city.points else 0
-    return [f"points: {dumps} dumps in the ledger; the ingest checks what is new"] if dumps else _check_points(city)
+    if not dumps:
+        return _check_points(city)
+    return [f"points: {dumps} dumps in the ledger; the ingest checks what is new", *_check_cube(city)]
+
+
+def _check_cube(city: City) -> list[str]:
+    """Whether the city file still fits the cube, and the dumps that were read with other settings."""
+    require_same_cube(city)
+    return [f"points: {line}" for line in other_settings(city)]
 
 
 def _check_points(city: City) -> list[str]:
@@ -110,6 +118,7 @@ def _check_points(city: City) -> list[str]:
     found += [f"points: {f.label} is empty" for f in empty[:5]]
     if (step := single_precision_step(city, files)) > 0.5:
         found.append(f"points: positions are stored in 32 bits and step by {step:.1f} px here; store them in 64 bits")
+    found += _check_cube(city)
     if known:  # the settings fitted those, and a new file may lie elsewhere
         return found
     return found + _check_sample(city, grid, next(f for f in files if f not in empty))

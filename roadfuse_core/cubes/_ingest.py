@@ -26,7 +26,17 @@ from numpy.typing import NDArray
 import roadfuse_core.grid
 import roadfuse_core.points
 from roadfuse_core.cluster import Progress, quiet, run_jobs
-from roadfuse_core.cubes._plan import IngestPlan, LedgerEntry, cubes_path, cut_parts, ledger, most_rows_per_slice, plan_ingest
+from roadfuse_core.cubes._plan import (
+    IngestPlan,
+    LedgerEntry,
+    cubes_path,
+    cut_parts,
+    kept_nothing,
+    ledger,
+    most_rows_per_slice,
+    plan_ingest,
+    read_settings,
+)
 from roadfuse_core.cubes._reduce import BlockJob, Shard, add_block, owned_blocks
 from roadfuse_core.cubes._repository import (
     MAIN,
@@ -61,6 +71,14 @@ __all__ = ["changed_tiles", "ingest", "leftover_shards", "remove_shards"]
 
 STAGING = "ingest"
 SLICES = "slices.json"  # how an ingest began to cut a dump
+# Settings that are likely wrong where a reason takes all rows of a dump.
+SUSPECTS = {
+    "not_finite": "name the columns of the positions in points.columns",
+    "null_island": "name the columns of the positions in points.columns",
+    "time": "correct points.columns.time, points.time_unit or points.clean.time_range",
+    "outside": "correct grid.bounds, points.columns, points.crs or points.datum",
+    "speed": "correct points.speed_unit or points.clean.max_speed_kmh",
+}
 # What an ingest writes: a folder a dump, and files in it. Whatever else lies there is somebody else's.
 DUMP_FOLDER = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}")
 KEPT_FILE = re.compile(r"shard-\d{5}\.(json|\d+\.samples)|slices\.json")
@@ -111,7 +129,7 @@ def ingest(
         plan = _resume(city, plan, folder)
         jobs = _slices(plan, spec, folder, client, tell, str(quarantine or ""), grid)
         reports = run_jobs(client, map_slice, jobs, "reading points", tell, amount=lambda r: r.rows, expected=plan.rows)
-        entry = _entry(plan, spec, reports, began) | {"shards": folder.name}
+        entry = _entry(plan, spec, reports, began) | {"shards": folder.name, "settings": read_settings(spec)}
         _refuse_spoilt(entry, spec)
         repository = open_repository(cubes_path(city), create=True)
         snapshot = _reduce(repository, spec, grid, entry, [*reports, *outgoing], replace, client, tell)
@@ -282,6 +300,10 @@ def _refuse_spoilt(entry: LedgerEntry, spec: PointsSpec) -> None:
                 f"is exceeded: {rejected[reason]:,} of {rows:,} rows ({rejected[reason] / rows:.1%}) are rejected as {reason}"
             )
             raise DataError(f"points.clean.stop_above.{reason}: {share} {problem}; mend the dump or raise the limit")
+    if entry["rows"] and not entry["kept"]:
+        most = max(rejected, key=lambda reason: rejected[reason])
+        problem = f"is why none of {entry['rows']:,} rows is kept; nothing was stored"
+        raise ConfigError("points", rejected, problem, SUSPECTS.get(most, "correct points and run again"))
 
 
 def _reduce(
@@ -304,7 +326,9 @@ def _reduce(
     jobs = [BlockJob(fork, tiles, shards, grid, names, fresh) for tiles in owners]
     forks = run_jobs(client, add_block, jobs, "writing blocks", tell)
     session.merge(*forks)
-    dumps = {name: e for name, e in held.items() if name != replace}
+    hashes = {f["hash"] for f in entry["files"]}
+    emptied = {name for name, e in held.items() if kept_nothing(e) and hashes & {f["hash"] for f in e["files"]}}
+    dumps = {name: e for name, e in held.items() if name != replace and name not in emptied}
     zarr.open_group(session.store, mode="r+")["ledger"].attrs["dumps"] = dumps | {entry["dump"]: entry}
     snapshot = session.commit(f"dump {entry['dump']}: {entry['kept']} points")
     publish(repository, snapshot, base)
@@ -320,7 +344,7 @@ def _refuse_known(dumps: dict[str, LedgerEntry], entry: LedgerEntry, replace: st
     """
     if replace is not None and replace not in dumps:
         raise StoreError(f"the cube no longer holds dump {replace}; nothing was changed, run again")
-    stored = {f["hash"]: name for name, e in dumps.items() if name != replace for f in e["files"]}
+    stored = {f["hash"]: name for name, e in dumps.items() if name != replace and not kept_nothing(e) for f in e["files"]}
     for file in entry["files"]:
         if file["hash"] in stored:
             raise StoreError(f"{file['label']}: the cube holds this file already, in dump {stored[file['hash']]}; "

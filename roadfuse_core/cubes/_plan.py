@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -51,10 +52,13 @@ __all__ = [
     "files_between",
     "find_new",
     "forecast",
+    "kept_nothing",
     "ledger",
     "most_rows_per_slice",
+    "other_settings",
     "plan_ingest",
     "points_of",
+    "read_settings",
     "require_same_cube",
     "rows_per_slice",
     "snapshots",
@@ -78,9 +82,10 @@ class IngestPlan:
     """What an ingest would do.
 
     Attributes:
-        dump: Name of the new dump, from its content; empty when there is nothing new.
+        dump: Name of the new dump, from its content and the settings that it is read with; empty when there is nothing new.
         files: New files with size and content hash.
         known: Files whose content the ledger already holds.
+        copies: Files with the content of another one of the dump; they are not read.
         rows: Rows to read; counted for Parquet, estimated from the size and the first rows for text.
         slices: Jobs of the map, about.
         rows_per_slice: Most rows of a job, by the memory of a worker.
@@ -89,6 +94,7 @@ class IngestPlan:
     dump: str
     files: list[dict[str, Any]]
     known: list[str]
+    copies: list[str]
     rows: int
     slices: int
     rows_per_slice: int
@@ -172,29 +178,76 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     every = ledger(city)
     if replace is not None and replace not in every:
         raise ConfigError("--replace", replace, "is not in the ledger", f"it holds {', '.join(every) or 'nothing'}")
-    entries = [e for name, e in every.items() if name != replace]
+    entries = [e for name, e in every.items() if name != replace and not kept_nothing(e)]
     held = {f["hash"] for e in entries for f in e["files"]}
     by_label = {f["label"] for e in entries for f in e["files"]}
     versions = _hashes(every.values())
     known_files, files = _split(find_sources(city, patterns), versions, held)
     known = [f.label for f in known_files]
     counted = check_columns(city, files)
-    new: list[dict[str, Any]] = []
+    new: dict[str, dict[str, Any]] = {}
+    copies: list[str] = []
     for f, rows in zip(identify(files, versions), counted, strict=True):
         if f["hash"] in held:
             known.append(str(f["label"]))
+        elif f["hash"] in new:
+            copies.append(str(f["label"]))
         elif f["label"] in by_label:
             raise DataError(f"points.sources: {f['label']} was ingested with other content; give the new content a new name")
         else:
-            new.append(f | {"rows": rows})
-    rows = sum(f["rows"] for f in new)
+            new[f["hash"]] = f | {"rows": rows}
+    rows = sum(f["rows"] for f in new.values())
     per_slice = rows_per_slice(city, rows)
     if not new:
-        return IngestPlan("", [], known, 0, 0, per_slice)
+        return IngestPlan("", [], known, copies, 0, 0, per_slice)
     # In the order of their content, so that a run after a crash makes the same slices, whatever the files are called.
-    new.sort(key=lambda f: (f["hash"], f["label"]))
-    dump = hashlib.blake2b("".join(f["hash"] for f in new).encode(), digest_size=6).hexdigest()
-    return IngestPlan(dump, new, known, rows, max(1, -(-rows // per_slice)), per_slice)
+    ordered = [new[digest] for digest in sorted(new)]
+    dump = _dump_name(city, list(ordered))
+    return IngestPlan(dump, ordered, known, copies, rows, max(1, -(-rows // per_slice)), per_slice)
+
+
+def _dump_name(city: City, files: Sequence[dict[str, Any]]) -> str:
+    """From what is read and how, so that a dump that was read with wrong settings can be read again with right ones."""
+    parts = [read_settings(points_of(city)), *(f["hash"] for f in files)]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def read_settings(spec: PointsSpec) -> dict[str, Any]:
+    """What decides which sums a file's rows become, besides grid and period, which a cube has once and for all."""
+    settings = spec.model_dump(mode="json", exclude={"sources", "period"})
+    settings["clean"].pop("stop_above")
+    return settings
+
+
+def kept_nothing(entry: LedgerEntry) -> bool:
+    """Whether a dump of an earlier version has rows and none of them in the cube; its files count as new."""
+    return bool(entry["rows"] and not entry["kept"])
+
+
+def other_settings(city: City) -> list[str]:
+    """A line for each dump that was read with other settings than the city file has now.
+
+    Dumps of versions that did not write their settings down are passed over.
+    """
+    now = _flat(read_settings(points_of(city)))
+    lines = []
+    for name, entry in ledger(city).items():
+        then = _flat(entry["settings"]) if "settings" in entry else now
+        differ = [key for key in now if key in then and then[key] != now[key]]
+        if differ:
+            told = ", ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in differ)
+            fix = f"`roadfuse ingest CITY.yaml --replace {name}` reads its files again"
+            lines.append(f"dump {name} was read with other settings ({told}); {fix}")
+    return lines
+
+
+def _flat(settings: dict[str, Any], within: str = "points") -> dict[str, Any]:
+    """Values by dotted key."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        place = f"{within}.{key}"
+        out |= _flat(value, place) if isinstance(value, dict) else {place: value}
+    return out
 
 
 def find_new(city: City) -> tuple[list[SourceFile], list[SourceFile]]:
@@ -206,7 +259,7 @@ def find_new(city: City) -> tuple[list[SourceFile], list[SourceFile]]:
         ConfigError: A source matches nothing, or a file is of an unknown kind.
         DataError: An object store does not answer.
     """
-    versions = _hashes(ledger(city).values())
+    versions = _hashes(e for e in ledger(city).values() if not kept_nothing(e))
     return _split(find_sources(city), versions, set(versions.values()))
 
 

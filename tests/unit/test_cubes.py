@@ -353,13 +353,6 @@ def test_a_crowded_tile_is_added_in_pieces(small_city, monkeypatch):
     assert contents(fresh(small_city, "pieces")) == contents(fresh(small_city, "whole"))
 
 
-def test_a_copy_inside_a_dump_is_read_and_its_rows_rejected_as_repeated(small_city):
-    shutil.copy(small_city.root / "dumps/2026-03-29.parquet", small_city.root / "again.parquet")
-    entry = ingest(small_city, ["dumps/2026-03-29.parquet", "again.parquet"])
-    assert (len(entry["files"]), entry["rows"]) == (2, 6018)
-    assert entry["rejected"]["duplicate"] >= entry["kept"]
-
-
 def test_replacing_a_dump_is_as_if_it_had_never_been_in(small_city):
     first = ingest(small_city, ["dumps/2026-03-29.parquet"])
     ingest(small_city, ["dumps/2026-03-30.parquet"])
