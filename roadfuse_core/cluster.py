@@ -32,6 +32,7 @@ __all__ = [
     "quiet",
     "run_jobs",
     "telling_loss",
+    "threads_of_worker",
 ]
 
 Job = TypeVar("Job")
@@ -111,6 +112,11 @@ def count_workers(spec: ClusterSpec) -> int:
     if "://" in spec.kind:
         return 1
     return spec.workers or (count_gpus() if spec.kind in ("auto", "cuda") else 0) or os.cpu_count() or 1
+
+
+def threads_of_worker(spec: ClusterSpec) -> int:
+    """Threads that a worker keeps busy beside its device, 1 … 8: its share of the cores."""
+    return min(8, max(1, (os.cpu_count() or 1) // count_workers(spec)))
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ __all__ = [
     "windows_of",
 ]
 
+AHEAD = 2  # batches that are cut while one is computed
+PENDING = 2  # batches whose answers are on their way or are added
 # What bad data and a bad device raise; everything else is a bug and stops the refresh.
 FAULTS = (DataError, StoreError, RasterioError, IcechunkError, OSError, RuntimeError, ValueError)
 
@@ -56,6 +60,7 @@ class BlockJob:
         batch: Windows a forward pass.
         scratch: Folder for what the block leaves.
         lenient: Go on without windows that fail.
+        threads: That cut windows, and as many that add them up.
     """
 
     evidence: Evidence
@@ -66,6 +71,7 @@ class BlockJob:
     batch: int
     scratch: str
     lenient: bool = False
+    threads: int = 1
 
     @property
     def file(self) -> Path:
@@ -103,15 +109,41 @@ def region_of(lattice: Lattice, block: Block) -> Block:
 
 
 def predict_chain(jobs: tuple[BlockJob, ...]) -> list[BlockReport]:
-    """Predict blocks one after the other; one thread reads the next one's evidence, one cuts windows, adds up and writes."""
-    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
+    """Predict blocks one after the other; other threads read the next one's evidence, cut windows, add them up and write."""
+    with ThreadPoolExecutor(1, "reader") as reader, open_crew(jobs[0].threads) as crew:
         ahead, saved = reader.submit(read_ahead, jobs[0]), []
         for k, job in enumerate(jobs):
             now = ahead
             if k + 1 < len(jobs):
                 ahead = reader.submit(read_ahead, jobs[k + 1])
-            saved.append(predict_block(job, now, writer))
+            saved.append(predict_block(job, now, crew))
         return [block.result() for block in saved]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Threads beside the one that talks to the device.
+
+    Attributes:
+        cutters: As many threads as there are adders; they cut windows.
+        adders: Each a thread of its own, which adds its share of every window's rows.
+        writer: One thread that saves blocks.
+    """
+
+    cutters: Executor
+    adders: tuple[Executor, ...]
+    writer: Executor
+
+
+@contextmanager
+def open_crew(threads: int) -> Iterator[Crew]:
+    """Threads for a chain of blocks; at the end what they have been given is done."""
+    with ExitStack() as opened:
+        yield Crew(
+            opened.enter_context(ThreadPoolExecutor(threads, "cutter")),
+            tuple(opened.enter_context(ThreadPoolExecutor(1, f"adder-{k}")) for k in range(threads)),
+            opened.enter_context(ThreadPoolExecutor(1, "writer")),
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +175,7 @@ def _read(job: BlockJob, predictor: Predictor, at: Block) -> _Read:
     return _Read(predictor.prepare(region.inputs), region.evident, region.known)
 
 
-def predict_block(job: BlockJob, ahead: Future[_Read | BlockReport], writer: Executor) -> Future[BlockReport]:
+def predict_block(job: BlockJob, ahead: Future[_Read | BlockReport], crew: Crew) -> Future[BlockReport]:
     """Predict the wanted windows that start in a block and leave their sums in its scratch file.
 
     Windows without a point and without a valid image pixel are skipped. A block whose file is whole is not computed again.
@@ -153,7 +185,7 @@ def predict_block(job: BlockJob, ahead: Future[_Read | BlockReport], writer: Exe
     Args:
         job: The block.
         ahead: Its evidence, read meanwhile; or the report of an earlier run.
-        writer: One thread that adds up windows and saves, while the next are predicted.
+        crew: Threads that cut and add up windows and save, while others are predicted.
 
     Returns:
         The report, when the file is there.
@@ -167,18 +199,18 @@ def predict_block(job: BlockJob, ahead: Future[_Read | BlockReport], writer: Exe
     try:
         found = ahead.result()
         if isinstance(found, BlockReport):
-            return writer.submit(lambda: found)
+            return crew.writer.submit(lambda: found)
         failed: list[Failure] = []
-        done = _predict(job, predictor, region, windows_of(job), out, writer, found)
+        done = _predict(job, predictor, region, windows_of(job), out, crew, found)
     except FAULTS as error:
         if isinstance(error, DeviceFullError) and job.batch > 1:
             raise
         if not job.lenient:
             report = BlockReport(0, tuple(Failure(*p, _line(error)) for p in windows_of(job)), _address())
-            return writer.submit(lambda: report)
+            return crew.writer.submit(lambda: report)
         out = Accumulator(region, len(predictor.planes))
-        done, failed = _one_by_one(job, predictor, out, writer)
-    return writer.submit(_save, job, out, BlockReport(done, tuple(failed), _address()))
+        done, failed = _one_by_one(job, predictor, out, crew)
+    return crew.writer.submit(_save, job, out, BlockReport(done, tuple(failed), _address()))
 
 
 def _save(job: BlockJob, out: Accumulator, report: BlockReport) -> BlockReport:
@@ -187,42 +219,88 @@ def _save(job: BlockJob, out: Accumulator, report: BlockReport) -> BlockReport:
 
 
 def _predict(
-    job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[int, int]], out: Accumulator, writer: Executor,
+    job: BlockJob, predictor: Predictor, at: Block, places: list[tuple[int, int]], out: Accumulator, crew: Crew,
     read: _Read | None = None,
 ) -> int:  # fmt: skip
     """Read a rectangle and predict the windows in it that hold evidence; returns their number."""
     if not places:
         return 0
     read = read or _read(job, predictor, at)
-    size, weight, tensors = job.lattice.window_px, job.lattice.weight(), read.tensors
+    size = job.lattice.window_px
     evident = [p for p in places if _cut(read.evident, p, at, size).any()]
-
-    def add(chosen: list[tuple[int, int]], predicted: NDArray[np.float32]) -> None:
-        for (row, col), planes in zip(chosen, predicted, strict=False):
-            out.add(row, col, planes, weight * _cut(read.known, (row, col), at, size))
-
-    def batch(chosen: list[tuple[int, int]]) -> dict[str, Tensor]:
-        return {n: _batch(x, chosen, at, size, job.batch) for n, x in tensors.items()}
-
     batches = [evident[first : first + job.batch] for first in range(0, len(evident), job.batch)]
-    added = writer.submit(add, [], np.empty(0, np.float32))
-    inputs = batch(batches[0]) if batches else {}
-    for k, chosen in enumerate(batches):
-        ahead = writer.submit(batch, batches[k + 1]) if k + 1 < len(batches) else None
-        predicted = predictor.predict(inputs)
-        added.result()  # no more than one batch waits
-        added = writer.submit(add, chosen, predicted)
-        inputs = ahead.result() if ahead else {}
-    added.result()
+    pinned, weight = getattr(predictor, "pinned", False), job.lattice.weight()
+    cut: deque[tuple[dict[str, Tensor], list[Future[None]]]] = deque()
+    added: deque[list[Future[None]]] = deque()
+    for k in range(len(batches) + AHEAD):
+        if k < len(batches):
+            cut.append(_start_cutting(read.tensors, batches[k], at, size, job.batch, pinned, crew))
+        if k >= AHEAD:
+            inputs, cutting = cut.popleft()
+            _wait(cutting)
+            answers = _begin(predictor, inputs)
+            if len(added) == PENDING:
+                _wait(added.popleft())
+            added.append(_start_adding(out, read.known, batches[k - AHEAD], answers, at, weight, crew))
+    for adding in added:
+        _wait(adding)
     return len(evident)
 
 
-def _one_by_one(job: BlockJob, predictor: Predictor, out: Accumulator, writer: Executor) -> tuple[int, list[Failure]]:
+def _begin(predictor: Predictor, inputs: dict[str, Tensor]) -> Callable[[], NDArray[np.float32]]:
+    """A forward pass that is started; one that cannot be is made."""
+    if begin := getattr(predictor, "begin", None):
+        return begin(inputs)  # type: ignore[no-any-return]
+    made = predictor.predict(inputs)
+    return lambda: made
+
+
+def _wait(futures: Sequence[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _start_cutting(
+    tensors: dict[str, Tensor], places: list[tuple[int, int]], region: Block, size: int, full: int, pinned: bool, crew: Crew
+) -> tuple[dict[str, Tensor], list[Future[None]]]:
+    """(full, size, size, C) of each input: windows, then zeros, and their cutting under way, shared out among the threads.
+
+    One shape for every batch, so that a logit never depends on it.
+    """
+    out = {n: torch.empty(full, size, size, x.shape[2], dtype=x.dtype, pin_memory=pinned) for n, x in tensors.items()}
+
+    def cut(first: int) -> None:
+        for k in range(first, full, len(crew.adders)):
+            for name, x in tensors.items():
+                if k < len(places):
+                    r, c = places[k][0] - region.row0, places[k][1] - region.col0
+                    out[name][k].copy_(x[r : r + size, c : c + size])
+                else:
+                    out[name][k].zero_()
+
+    return out, [crew.cutters.submit(cut, first) for first in range(len(crew.adders))]
+
+
+def _start_adding(
+    out: Accumulator, known: NDArray[np.bool_], places: list[tuple[int, int]], answers: Callable[[], NDArray[np.float32]],
+    region: Block, weight: NDArray[np.uint32], crew: Crew,
+) -> list[Future[None]]:  # fmt: skip
+    """Add a batch's windows when its answers are there, a share of the rows in each thread."""
+
+    def add(share: int) -> None:
+        for (row, col), planes in zip(places, answers(), strict=False):
+            seen = _cut(known, (row, col), region, len(weight))
+            out.add(row, col, planes, weight, seen, (share, len(crew.adders)))
+
+    return [adder.submit(add, share) for share, adder in enumerate(crew.adders)]
+
+
+def _one_by_one(job: BlockJob, predictor: Predictor, out: Accumulator, crew: Crew) -> tuple[int, list[Failure]]:
     """Each window from its own reading, so that a damaged file costs only the windows that see the damage."""
     size, done, failed = job.lattice.window_px, 0, []
     for row, col in windows_of(job):
         try:
-            done += _predict(job, predictor, Block(row, col, row + size, col + size), [(row, col)], out, writer)
+            done += _predict(job, predictor, Block(row, col, row + size, col + size), [(row, col)], out, crew)
         except FAULTS as error:
             if isinstance(error, DeviceFullError) and job.batch > 1:
                 raise
@@ -239,15 +317,6 @@ def _address() -> str | None:
         return str(get_worker().address)
     except ValueError:
         return None
-
-
-def _batch(x: Tensor, places: list[tuple[int, int]], region: Block, size: int, full: int) -> Tensor:
-    """(full, size, size, C): windows, then zeros. One shape for every batch, so that a logit never depends on it."""
-    out = torch.zeros(full, size, size, x.shape[2], dtype=x.dtype)
-    for k, (row, col) in enumerate(places):
-        r, c = row - region.row0, col - region.col0
-        out[k] = x[r : r + size, c : c + size]
-    return out
 
 
 def _cut(x: NDArray[Any], place: tuple[int, int], region: Block, size: int) -> NDArray[Any]:

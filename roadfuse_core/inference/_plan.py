@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from roadfuse_core.cluster import count_gpus, count_workers
+from roadfuse_core.cluster import count_gpus, count_workers, threads_of_worker
 from roadfuse_core.cubes import changed_tiles, halo_px, worker_memory
 from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.grid import Block, Bounds, Grid, Lattice, TileIndex, blocks_of
@@ -65,6 +65,7 @@ class RefreshPlan:
         memory_bytes: Of a worker.
         seconds: Expected, over all workers.
         identity: What is kept in the record, to be compared with next time.
+        threads: Of a worker that cut windows, and as many that add them up.
     """
 
     digest: str
@@ -84,6 +85,7 @@ class RefreshPlan:
     memory_bytes: int
     seconds: float
     identity: Facts
+    threads: int
 
     def blocks(self) -> list[Block]:
         """All blocks of the grid, row-major."""
@@ -97,7 +99,8 @@ class RefreshPlan:
             wanted = self._wanted(block)
             if wanted.any():
                 bits = np.packbits(wanted).tobytes()
-                out.append(BlockJob(self.evidence, self.model, self.lattice, block, bits, self.calibration.batch, str(scratch)))
+                out.append(BlockJob(self.evidence, self.model, self.lattice, block, bits, self.calibration.batch, str(scratch),
+                                    threads=self.threads))  # fmt: skip
         return out
 
     def _wanted(self, block: Block) -> NDArray[np.bool_]:
@@ -155,6 +158,7 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
         standing=None if kept is None else standing, base=base, why="" if kept is not None else why, windows=windows,
         of=int(possible.sum()), block_px=block_px, memory_bytes=_memory(city, predictor, grid, lattice, calibration, block_px),
         seconds=windows * calibration.window_s / count_workers(city.cluster), identity=identity,
+        threads=threads_of_worker(city.cluster),
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -198,6 +198,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
 @contextmanager
 def _same_bits() -> Iterator[None]:
     """CuDNN's deterministic kernels, chosen without measurement; what runs on one stream is deterministic in cuBLAS anyway."""
@@ -231,6 +235,8 @@ class NetworkPredictor:
         self.name, self.precision, self.turns = ref.path.stem, ref.precision, ref.turns
         self.layers, self.rasters, self.window_px, self.planes = facts.layers, facts.rasters, facts.window_px, facts.planes
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.pinned = self.device.type == "cuda"
+        self.there, self.back = (torch.cuda.Stream(self.device) if self.pinned else None for _ in range(2))
         for part in fold_norms(network).modules():
             if ref.precision == "bf16" and isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 part.to(torch.bfloat16)  # as autocast would anew for every batch
@@ -248,11 +254,20 @@ class NetworkPredictor:
     def _normalised(x: Tensor) -> Tensor:
         """(…, C + 1) bytes, the last a mask, to (…, C) about -2 … 2; zero where unknown."""
         values = x[..., :-1].float().mul_(4 / 255).sub_(2)
-        return values if bool(x[..., -1].all()) else values.mul_(x[..., -1:] > 0)
+        if x.device.type == "cpu" and bool(x[..., -1].all()):  # of a GPU the answer would have to be waited for
+            return values
+        return values.mul_(x[..., -1:] > 0)
+
+    def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """One forward pass, waited for."""
+        return self.begin(inputs)()
 
     @torch.inference_mode()
-    def predict(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        """One forward pass, by kernels that give the same bits each time.
+    def begin(self, inputs: Mapping[str, Tensor]) -> Callable[[], NDArray[np.float32]]:
+        """Start one forward pass, by kernels that give the same bits each time; a GPU is not waited for.
+
+        Inputs travel on a stream of their own while the batch before is computed, and answers on another one. The function
+        that is returned waits until this batch's answers are there.
 
         Raises:
             DeviceFullError: The windows do not fit into the device's memory, also when it has been tidied.
@@ -260,23 +275,54 @@ class NetworkPredictor:
         for again in (False, True):
             try:
                 with _one_thread(), _same_bits():
-                    return self._forward(inputs)
+                    return self._sent_back(self._forward(self._moved(inputs)))
             except torch.OutOfMemoryError as error:
                 if again:
                     raise DeviceFullError(_first_line(error)) from None
                 free_memory()
         raise AssertionError
 
-    def _forward(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs on the device; what follows on the current stream waits for them, and nobody else."""
+        with _on(self.there):
+            moved = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        if self.there is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self.there)
+            for x in moved.values():
+                x.record_stream(computing)
+        return moved
+
+    def _sent_back(self, made: Tensor) -> Callable[[], NDArray[np.float32]]:
+        """Start the way back of (N, planes, H, W)."""
+        if self.back is None:
+            here: NDArray[np.float32] = made.numpy()
+            return lambda: here
+        host = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+        self.back.wait_stream(torch.cuda.current_stream(self.device))
+        arrived = torch.cuda.Event(blocking=True)
+        with _on(self.back):
+            host.copy_(made, non_blocking=True)
+            arrived.record(self.back)
+        made.record_stream(self.back)
+
+        def wait() -> NDArray[np.float32]:
+            arrived.synchronize()
+            return np.asarray(host.numpy())
+
+        return wait
+
+    def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(N, planes, H, W) float32 on the device, of inputs there."""
         tensors = {}
         for name in self.rasters:
             if name in inputs:
-                x = inputs[name].to(self.device, non_blocking=True)
+                x = inputs[name]
                 tensors[name] = (self._normalised(x) if x.dtype == torch.uint8 else x).permute(0, 3, 1, 2)
         if "gps" in inputs and self.layers:
-            tensors["gps"] = inputs["gps"].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            tensors["gps"] = inputs["gps"].permute(0, 3, 1, 2)
         if not self.turns:
-            return self._planes(tensors).cpu().numpy()
+            return self._planes(tensors)
         total = None
         for k in range(8):
             turned = {n: _turn(x, k).contiguous(memory_format=torch.channels_last) for n, x in tensors.items()}
@@ -285,7 +331,7 @@ class NetworkPredictor:
             back = _turn_back(self._planes(turned), k)
             total = back if total is None else total + back
         assert total is not None
-        return (total / 8).cpu().numpy()
+        return total / 8
 
     def _planes(self, tensors: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -329,8 +375,8 @@ def turn_bearings(x: Tensor, layers: tuple[Layer, ...], k: int) -> Tensor:
     quarters, mirror = k % 4, -1 if k >= 4 else 1
     sign = {"sin": mirror * (1, -1, -1, 1)[quarters], "cos": (1, 1, -1, -1)[quarters]}
     order = [_partner(layers, layer) if quarters % 2 else i for i, layer in enumerate(layers)]
-    signs = x.new_tensor([sign.get(layer.kind, 1) for layer in layers])
-    return x[:, order] * signs[:, None, None]
+    signs = [sign.get(layer.kind, 1) for layer in layers]
+    return torch.stack([x[:, i] * s for i, s in zip(order, signs, strict=True)], 1)
 
 
 def _partner(layers: tuple[Layer, ...], layer: Layer) -> int:

@@ -20,6 +20,7 @@ __all__ = ["NODATA", "PROBABILITY_SCALE", "Accumulator", "to_probability"]
 NODATA = 255
 PROBABILITY_SCALE = 254
 FULL = 65_535
+BAND_PX = 16  # rows of a region that one share of a window's addition takes together
 EDGES = ("top", "bottom", "left", "right")
 
 
@@ -46,11 +47,27 @@ class Accumulator:
         shape = region.row1 - region.row0, region.col1 - region.col0
         self.sums: NDArray[np.uint32] = np.zeros((planes + 1, *shape), np.uint32)
 
-    def add(self, row: int, col: int, planes: NDArray[np.float32], weight: NDArray[np.uint32]) -> None:
-        """Add a window with its corner at a pixel of the grid; planes (P, S, S) float32 in [0, 1]."""
+    def add(
+        self, row: int, col: int, planes: NDArray[np.float32], weight: NDArray[np.uint32],
+        known: NDArray[np.bool_] | None = None, share: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
+        """Add a window with its corner at a pixel of the grid, or one share of its rows.
+
+        Shares of one accumulator touch no pixel together, so that each may be added in a thread of its own.
+
+        Args:
+            row: Of the corner.
+            col: The same.
+            planes: (P, S, S) float32 in [0, 1].
+            weight: (S, S) uint32.
+            known: (S, S) bool; other pixels are left out. None for all.
+            share: Which of how many.
+        """
         r, c = row - self.region.row0, col - self.region.col0
         s = weight.shape[0]
-        _add(self.sums[:, r : r + s, c : c + s], np.ascontiguousarray(planes, np.float32), weight)
+        values = np.ascontiguousarray(planes, np.float32)
+        seen = np.ones((s, s), bool) if known is None else known
+        _add(self.sums[:, r : r + s, c : c + s], values, weight, seen, r, *share)
 
     def parts(self, lattice: Lattice) -> dict[str, NDArray[Any]]:
         """What a block leaves: finished values where no other block's window reaches, sums along its edges.
@@ -107,16 +124,17 @@ class Accumulator:
 
 
 @njit(cache=True, nogil=True)
-def _add(sums, planes, weight):
+def _add(sums, planes, weight, known, row, share, shares):
     height, width = weight.shape
-    for p in range(planes.shape[0]):  # along rows, so that the compiler takes many pixels at once
-        for i in range(height):
+    for i in range(height):
+        if (row + i) // BAND_PX % shares != share:
+            continue
+        for p in range(planes.shape[0]):  # along rows, so that the compiler takes many pixels at once
             for j in range(width):
                 value = np.uint32(np.int32(np.rint(planes[p, i, j] * np.float32(FULL))))
-                sums[p, i, j] += value * weight[i, j]
-    for i in range(height):
+                sums[p, i, j] += value * (weight[i, j] * np.uint32(known[i, j]))
         for j in range(width):
-            sums[-1, i, j] += weight[i, j]
+            sums[-1, i, j] += weight[i, j] * np.uint32(known[i, j])
 
 
 def to_probability(sums: NDArray[np.uint32]) -> NDArray[np.uint8]:
