@@ -30,6 +30,7 @@ from roadfuse_core.inference._predictor import (
     require_target,
     resolve_weights,
 )
+from roadfuse_core.inference._share import choose_block_px
 from roadfuse_core.settings import City, ImagerySpec
 
 __all__ = ["RefreshPlan", "plan_refresh"]
@@ -93,15 +94,15 @@ class RefreshPlan:
         return blocks_of(grid, max(1, self.block_px // grid.tile_px))
 
     def jobs(self, scratch: Path) -> list[BlockJob]:
-        """Blocks with a window to predict."""
-        out = []
+        """Blocks with a window to predict, those with the most batches first, so that the last ones are short."""
+        found = []
         for block in self.blocks():
             wanted = self._wanted(block)
             if wanted.any():
-                bits = np.packbits(wanted).tobytes()
-                out.append(BlockJob(self.evidence, self.model, self.lattice, block, bits, self.calibration.batch, str(scratch),
-                                    threads=self.threads))  # fmt: skip
-        return out
+                job = BlockJob(self.evidence, self.model, self.lattice, block, np.packbits(wanted).tobytes(),
+                               self.calibration.batch, str(scratch), threads=self.threads)  # fmt: skip
+                found.append((-(-int(wanted.sum()) // self.calibration.batch), job))
+        return [job for _, job in sorted(found, key=lambda one: -one[0])]
 
     def _wanted(self, block: Block) -> NDArray[np.bool_]:
         s, over = self.lattice.stride_px, self.lattice.overhang_px
@@ -150,14 +151,16 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
     elif other := standing_record(city, "map"):
         base = other[0]
     coverage = whole(grid, lattice, possible) if kept is None else _around(kept, possible, lattice)
-    block_px = GPU_BLOCK_PX if count_gpus() else BLOCK_PX
+    block_px, workers = BLOCK_PX, count_workers(city.cluster)
+    if count_gpus():
+        block_px = choose_block_px(grid, lattice, coverage.windows, calibration.batch, workers, GPU_BLOCK_PX)
     windows = int(coverage.windows.sum())
     return RefreshPlan(
         digest=_hash([identity, group, base if kept is not None else None, full]), evidence=evidence, model=model,
         calibration=calibration, lattice=lattice, planes=predictor.planes, threshold=threshold, coverage=coverage,
         standing=None if kept is None else standing, base=base, why="" if kept is not None else why, windows=windows,
         of=int(possible.sum()), block_px=block_px, memory_bytes=_memory(city, predictor, grid, lattice, calibration, block_px),
-        seconds=windows * calibration.window_s / count_workers(city.cluster), identity=identity,
+        seconds=windows * calibration.window_s / workers, identity=identity,
         threads=threads_of_worker(city.cluster),
     )  # fmt: skip
 

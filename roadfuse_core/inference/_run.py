@@ -124,13 +124,20 @@ def _predict(plan: RefreshPlan, jobs: Sequence[BlockJob], client: Client | None,
 
 
 def _chains(plan: RefreshPlan, jobs: Sequence[BlockJob], client: Client | None) -> list[tuple[BlockJob, ...]]:
-    """Blocks for about `CHAIN_S`, so that progress is seen with slow networks too, and at least three chains a worker."""
+    """Blocks for about `CHAIN_S`, so that progress is seen with slow networks too; shorter towards the end.
+
+    A chain never takes more than a worker's half share of what is left, so that all workers end together.
+    """
     block_s = max(READ_S, plan.windows * plan.calibration.window_s / max(1, len(jobs)))
-    length = max(1, int(CHAIN_S / block_s))
-    if client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        length = max(1, min(length, len(jobs) // (3 * max(1, workers))))
-    return [tuple(jobs[k : k + length]) for k in range(0, len(jobs), length)]
+    longest = max(1, int(CHAIN_S / block_s))
+    workers = len(client.scheduler_info(n_workers=-1)["workers"]) if client else 0
+    out, first = [], 0
+    while first < len(jobs):
+        fair = (len(jobs) - first) // (2 * workers) if workers else longest
+        length = max(1, min(longest, fair))
+        out.append(tuple(jobs[first : first + length]))
+        first += length
+    return out
 
 
 def _windows(reports: Sequence[BlockReport]) -> int:
