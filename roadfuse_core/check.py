@@ -172,9 +172,10 @@ def _maps(city: City) -> Iterator[tuple[str, MapSpec]]:
 def _check_maps(city: City) -> list[str]:
     found = []
     for key, spec in _maps(city):
-        if not open_map(city, spec, key, city.make_grid()).covers():
+        labels = open_map(city, spec, key, city.make_grid())
+        if not labels.covers():
             raise ConfigError(f"{key}.path", spec.path, "lies outside grid.bounds", "correct grid.bounds or the file")
-        found.append(f"{key}: readable, and inside the grid")
+        found.append(f"{key}: readable, and inside the grid" + (f"; {labels.note}" if labels.note else ""))
     return found
 
 

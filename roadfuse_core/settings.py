@@ -157,8 +157,11 @@ class MapSpec(_Spec):
 
     path: str = Field(description="raster, GeoPackage, GeoJSON, GeoParquet, .osm.pbf, .osm, or a zip of vertices and edges")
     crs: str | None = Field(None, description="CRS, where the file does not say")
+    layer: str | None = Field(None, description="layer of a file with several; by default the only one with lines")
     width_m: float = Field(8.0, gt=0, le=100, description="width at which lines are drawn")
-    width: str | None = Field(None, description="column with each line's width in metres, instead of `width_m`")
+    width: str | None = Field(
+        None, description="column with each line's width, such as `8` or `26 ft`; `width_m` where it has none"
+    )
     lane_m: float | None = Field(
         None, gt=0, le=10, description="width of a lane: lines of OpenStreetMap are drawn by `lanes`, or by their class"
     )

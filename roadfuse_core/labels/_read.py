@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
 from typing import Protocol
 
 import geopandas as gpd
 import numpy as np
-import pandas as pd
 import shapely
 from numpy.typing import NDArray
-from pyogrio.errors import DataSourceError
 from rasterio import features
 from rasterio.enums import Resampling
 
 from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.grid import Grid
 from roadfuse_core.imagery import RASTER_SUFFIXES, open_raster, read_warped
+from roadfuse_core.labels._lines import place_lines, read_lines
+from roadfuse_core.labels._widths import widths_of
 from roadfuse_core.settings import City, MapSpec
 
-__all__ = ["RoadMap", "lanes_of", "open_map", "read_lines"]
+__all__ = ["RoadMap", "open_map"]
 
-LINES, AREAS = ("LineString", "MultiLineString"), ("Polygon", "MultiPolygon")
-DRIVABLE = ("motorway", "trunk", "primary", "secondary", "tertiary", "unclassified", "residential", "living_street",
-            "service", "motorway_link", "trunk_link", "primary_link", "secondary_link", "tertiary_link", "road",
-            "track")  # fmt: skip
-# Lanes by class where a way does not say (PP-LinkNet, as released).
-WIDE = ("motorway", "trunk", "primary", "secondary", "tertiary")
-LANES = {kind: 1.5 for k in WIDE for kind in (k, f"{k}_link")} | {"track": 0.5, "living_street": 0.5}
+# Pictures whose values change a little where they are packed: a mask's rim would become road.
+LOSSY = (".jpg", ".jpeg", ".webp")
+PIECE_SEGMENTS = 32
 
 
 class RoadMap(Protocol):
     """A map of roads on a grid."""
+
+    note: str
 
     def window(self, row: int, col: int, height: int, width: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Road, and where the map knows at all; both (height, width) bool."""
@@ -46,6 +42,7 @@ class RasterMap:
 
     def __init__(self, path: str, spec: MapSpec, key: str, grid: Grid) -> None:
         self.path, self.spec, self.key, self.grid = path, spec, key, grid
+        self.note = ""
         with open_raster(path, key, spec.crs) as raster:
             self.box = raster.box(grid.crs)
 
@@ -62,13 +59,21 @@ class RasterMap:
 
 
 class LineMap:
-    """Lines drawn at their width, or areas as they are; the convex hull of all is where the map knows."""
+    """Lines drawn at their width, or areas as they are; the convex hull of all is where the map knows.
 
-    def __init__(self, lines: gpd.GeoDataFrame, widths: NDArray[np.float64], grid: Grid) -> None:
-        self.grid = grid
-        self.shapes = shapely.buffer(lines.geometry.to_numpy(), widths / 2)
+    Args:
+        lines: Lines or areas in the grid's CRS.
+        widths: (n,) metres, in the order of the lines.
+        grid: The city's grid.
+        note: What was left out or filled in, for people.
+    """
+
+    def __init__(self, lines: gpd.GeoDataFrame, widths: NDArray[np.float64], grid: Grid, note: str = "") -> None:
+        self.grid, self.note = grid, note
+        geometries = lines.geometry.to_numpy()
+        self.shapes = np.concatenate([_lines_at_width(geometries, widths), _areas(geometries)])
         self.tree = shapely.STRtree(self.shapes)
-        self.footprint = shapely.convex_hull(shapely.geometrycollections(lines.geometry.to_numpy()))
+        self.footprint = shapely.convex_hull(shapely.geometrycollections(geometries))
 
     def covers(self) -> bool:
         """Whether any line reaches into the grid."""
@@ -88,6 +93,32 @@ class LineMap:
         return features.rasterize(drawn, box.shape, transform=box.affine, dtype="uint8").astype(bool)  # type: ignore[attr-defined]
 
 
+def _lines_at_width(geometries: NDArray[np.object_], widths: NDArray[np.float64]) -> NDArray[np.object_]:
+    """The ground that lines cover, long ones by pieces: a line that crosses itself costs the square of its vertices."""
+    of_lines = shapely.get_dimensions(geometries) == 1
+    lines, index = shapely.get_parts(geometries[of_lines], return_index=True)
+    half_widths = widths[of_lines][index] / 2
+    long = shapely.get_num_coordinates(lines) > 2 * PIECE_SEGMENTS
+    pieces = [_pieces(line) for line in lines[long]]
+    counts = [len(p) for p in pieces]
+    drawn = shapely.buffer(lines[~long], half_widths[~long])
+    return np.concatenate([drawn, shapely.buffer(np.array([p for one in pieces for p in one], object),
+                                                 np.repeat(half_widths[long], counts))])  # fmt: skip
+
+
+def _pieces(line: shapely.LineString) -> list[shapely.LineString]:
+    xy = shapely.get_coordinates(line)
+    return [shapely.LineString(xy[k : k + PIECE_SEGMENTS + 1]) for k in range(0, len(xy) - 1, PIECE_SEGMENTS)]
+
+
+def _areas(geometries: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Areas as they are; small ones whose rim crosses itself are put right."""
+    parts = shapely.get_parts(geometries[shapely.get_dimensions(geometries) == 2])
+    small = shapely.get_num_coordinates(parts) <= 4 * PIECE_SEGMENTS
+    parts[small] = shapely.buffer(parts[small], 0)
+    return parts
+
+
 def open_map(city: City, spec: MapSpec, key: str, grid: Grid) -> RoadMap:
     """The map behind a setting.
 
@@ -98,104 +129,20 @@ def open_map(city: City, spec: MapSpec, key: str, grid: Grid) -> RoadMap:
         grid: The city's grid.
 
     Raises:
-        ConfigError: The file is missing, has no CRS, or lacks the width column.
-        DataError: The file is unreadable.
+        ConfigError: The file is missing, has no CRS, holds several layers, or lacks usable widths.
+        DataError: The file is unreadable, or a picture packed with loss.
     """
     path = city.path(spec.path)
     if not path.is_file():
-        raise ConfigError(f"{key}.path", spec.path, "does not exist", "correct the path")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{key}.path", spec.path, problem, "give the path of a file")
+    if path.suffix.lower() in LOSSY:
+        raise DataError(f"{key}.path: {path} is packed with loss, so that its zeros are none; save the mask as GeoTIFF or PNG")
     if path.suffix.lower() in RASTER_SUFFIXES:
         return RasterMap(str(path), spec, f"{key}.path", grid)
-    lines = read_lines(path, spec, key).to_crs(grid.crs)
-    widths = np.full(len(lines), spec.width_m)
-    if spec.lane_m is not None:
-        widths = lanes_of(lines, key, str(path)) * spec.lane_m
-    if spec.width is not None:
-        if spec.width not in lines.columns:
-            columns = ", ".join(c for c in lines.columns if c != "geometry")
-            raise ConfigError(f"{key}.width", spec.width, f"is not a column of {path}", f"it has: {columns}")
-        widths = pd.to_numeric(lines[spec.width], errors="coerce").fillna(spec.width_m).to_numpy(float)
-    widths = np.where(lines.geom_type.isin(AREAS), 0, widths)
-    return LineMap(lines, widths, grid)
-
-
-def lanes_of(ways: gpd.GeoDataFrame, key: str, path: str) -> NDArray[np.float64]:
-    """Lanes of OpenStreetMap's ways: as tagged, or by class (1.5, 1 or one half).
-
-    Args:
-        ways: With a column `highway`, and `lanes`, or `other_tags` as GDAL reads them from PBF.
-        key: For messages.
-        path: For messages.
-
-    Returns:
-        (n,) lanes, more than 0.
-
-    Raises:
-        ConfigError: There is no column `highway`.
-    """
-    if "highway" not in ways.columns:
-        raise ConfigError(
-            f"{key}.lane_m", path, "has no column `highway`", "leave lane_m out, or give an extract of OpenStreetMap"
-        )
-    lanes = pd.Series(np.nan, ways.index)
-    if "lanes" in ways.columns:
-        lanes = pd.to_numeric(ways["lanes"], errors="coerce")
-    if "other_tags" in ways.columns:
-        lanes = lanes.fillna(pd.to_numeric(ways["other_tags"].astype(str).str.extract(r'"lanes"=>"([\d.]+)"')[0]))
-    by_class = ways["highway"].map(LANES).fillna(1.0)
-    return lanes.where(lanes > 0, by_class).to_numpy(float)
-
-
-def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
-    """The lines of a vector file, or its areas where it has no line, in its own CRS.
-
-    Args:
-        path: GeoPackage, GeoJSON, GeoParquet, shapefile, OpenStreetMap (.osm.pbf or .osm: its drivable roads), any of the
-            text formats packed by gzip, or a zip of two text files as trajectory benchmarks publish them: vertices
-            `id,x,y` and edges `id,from,to,…`.
-        spec: For the CRS.
-        key: For messages.
-
-    Raises:
-        ConfigError: Neither file nor setting states a CRS.
-        DataError: The file is unreadable or holds neither.
-    """
-    try:
-        table = _read_table(path)
-    except (DataSourceError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{key}.path: {path} is not a readable map ({str(error).splitlines()[0]}); check the file") from error
-    if spec.crs is not None:
-        table = table.set_crs(spec.crs, allow_override=True)
-    if table.crs is None:
-        raise ConfigError(f"{key}.path", spec.path, "has no CRS", f"state it as {key}.crs")
-    kinds = table.geom_type
-    wanted = kinds.isin(LINES) if kinds.isin(LINES).any() else kinds.isin(AREAS)
-    if not wanted.any():
-        raise DataError(f"{key}.path: {path} holds neither lines nor areas; give a map of road centre lines or of road areas")
-    return table[wanted]
-
-
-def _read_table(path: Path) -> gpd.GeoDataFrame:
-    suffix = path.suffix.lower()
-    if suffix in (".parquet", ".geoparquet"):
-        return gpd.read_parquet(path)
-    file: str | Path = path
-    if suffix == ".gz":
-        file, suffix = f"/vsigzip/{path}", path.with_suffix("").suffix.lower()
-    if suffix in (".pbf", ".osm"):
-        ways = gpd.read_file(file, layer="lines")
-        return ways[ways["highway"].isin(DRIVABLE)]
-    if suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
-            texts = {part: next((n for n in names if part in n and n.endswith(".txt")), None) for part in ("vertices", "edges")}
-            if all(texts.values()):
-                with archive.open(str(texts["vertices"])) as v, archive.open(str(texts["edges"])) as e:
-                    return _graph(pd.read_csv(v, header=None), pd.read_csv(e, header=None))
-    return gpd.read_file(file)
-
-
-def _graph(vertices: pd.DataFrame, edges: pd.DataFrame) -> gpd.GeoDataFrame:
-    xy = vertices.set_index(0)[[1, 2]]
-    ends = np.stack([xy.loc[edges[k]].to_numpy(float) for k in (1, 2)], 1)
-    return gpd.GeoDataFrame(geometry=list(shapely.linestrings(ends)))
+    read = read_lines(path, spec, key)
+    lines, far = place_lines(read, grid.crs, key, spec)
+    widths, unknown = widths_of(lines, spec, key, str(path))
+    notes = [read.attrs.get("note", ""), f"{far} lie too far away to be placed" if far else "",
+             f"{unknown} of {len(lines)} have no width of their own and get width_m" if unknown else ""]  # fmt: skip
+    return LineMap(lines, widths, grid, "; ".join(n for n in notes if n))
