@@ -25,6 +25,12 @@ Floats = NDArray[np.float64]
 HUGE = 1e300
 # Times from 2200 on are no times of vehicles.
 DAY_US = 86_400_000_000
+QUARTER_US = 900_000_000
+# To what times are rounded, coarsest first: a day to two seconds.
+ROUND_US = tuple(
+    seconds * 1_000_000
+    for seconds in (86_400, 43_200, 21_600, 10_800, 7200, 3600, 1800, 900, 600, 300, 120, 60, 30, 20, 15, 10, 5, 2)
+)
 LAST_DAY = int(np.datetime64("2200-01-01", "D").astype(np.int64))
 
 
@@ -114,18 +120,20 @@ def _judge_rows(
             reason[i] = 6
 
 
-def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, resolution_m: float, derive: bool) -> Floats:
+def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, pixel_m: tuple[float, float], derive: bool) -> Floats:
     """Vehicle-local rules: repeated rows, and samples that imply an impossible speed.
 
     Rows without a vehicle have no neighbours and stay as they are. A sample is a teleport when it is too far from the last
     accepted one, unless the next sample confirms it (then the vehicle was somewhere else in between: it is kept, without
     an interval). The first sample of a vehicle is a teleport when the next two agree with each other and not with it.
+    Where a vehicle is at several places at one time, its times are rounded: to whole minutes, say, or days. Samples may
+    then be as far apart in time as the rounding allows, besides what their times say.
 
     Args:
         rows: Sorted by vehicle, time and all other columns.
         placed: Their places; `reason` is completed in place, and only rows kept so far are looked at.
         clean: Which rules apply.
-        resolution_m: Pixel edge, metres.
+        pixel_m: Width and height of a pixel, metres on the ground.
         derive: Compute intervals from the times instead of taking those read.
 
     Returns:
@@ -136,8 +144,10 @@ def judge_vehicles(rows: Rows, placed: Placed, clean: CleanSpec, resolution_m: f
     if not len(rows.x):
         return interval
     facts = np.stack([c for c in (rows.x, rows.y, rows.speed, rows.bearing, rows.interval) if len(c)], 1)
-    _judge_vehicles(rows.vehicle, rows.time_us, facts, placed.col * resolution_m, placed.row * resolution_m, placed.reason,
-                    clean.duplicates, limit, clean.max_gap_s, derive, interval)  # fmt: skip
+    x, y = placed.col * pixel_m[0], placed.row * pixel_m[1]
+    slack = _slack(rows.vehicle, rows.time_us, x, y, placed.reason)
+    _judge_vehicles(rows.vehicle, rows.time_us, slack, facts, x, y, placed.reason, clean.duplicates, limit, clean.max_gap_s,
+                    derive, interval)  # fmt: skip
     return interval
 
 
@@ -151,9 +161,44 @@ def _same(facts, i, j):
 
 
 @njit(cache=True, nogil=True)
-def _too_far(t, x, y, i, j, limit):
+def _slack(vehicle, t, x, y, reason):
+    """Microseconds by which the time of each row is rounded, where its vehicle is at several places at that time; else 0."""
+    slack = np.zeros(len(vehicle), np.int64)
+    i, before = 0, -1
+    while i < len(vehicle):
+        if reason[i] != 0 or vehicle[i] == NO_VEHICLE:
+            i += 1
+            continue
+        end, moved = i + 1, False
+        while end < len(vehicle) and vehicle[end] == vehicle[i] and t[end] == t[i]:
+            moved |= reason[end] == 0 and (x[end] != x[i] or y[end] != y[i])
+            end += 1
+        if moved:
+            gap = t[i] - t[before] if before >= 0 and vehicle[before] == vehicle[i] else ROUND_US[0]
+            after = end
+            while after < len(vehicle) and vehicle[after] == vehicle[i] and reason[after] != 0:
+                after += 1
+            if after < len(vehicle) and vehicle[after] == vehicle[i]:
+                gap = min(gap, t[after] - t[i])
+            slack[i:end] = _rounding(t[i], gap)
+        before, i = i, end
+    return slack
+
+
+@njit(cache=True, nogil=True)
+def _rounding(t, gap):
+    """The coarsest usual rounding that a time fits, and that is no more than the gap to the vehicle's neighbouring times."""
+    for step in ROUND_US:
+        # Days and hours of a time zone begin at a quarter of an hour of UTC.
+        if step <= gap and t % min(step, QUARTER_US) == 0:
+            return step
+    return 0
+
+
+@njit(cache=True, nogil=True)
+def _too_far(t, slack, x, y, i, j, limit):
     # Times are often whole seconds: shorter steps count as one second.
-    seconds = max((t[j] - t[i]) / 1e6, 1.0)
+    seconds = max((t[j] - t[i] + max(slack[i], slack[j])) / 1e6, 1.0)
     return np.hypot(x[j] - x[i], y[j] - y[i]) > limit * seconds
 
 
@@ -169,7 +214,9 @@ def _next_kept(vehicle, t, facts, reason, i, duplicates):
 
 
 @njit(cache=True, nogil=True)
-def _judge_vehicles(vehicle, t, facts, x, y, reason, duplicates, limit, max_gap_s, derive, interval):  # noqa: C901
+def _judge_vehicles(  # noqa: C901
+    vehicle, t, slack, facts, x, y, reason, duplicates, limit, max_gap_s, derive, interval
+):
     last, before = -1, -1
     for i in range(len(vehicle)):
         if reason[i] != 0 or vehicle[i] == NO_VEHICLE:
@@ -182,17 +229,17 @@ def _judge_vehicles(vehicle, t, facts, x, y, reason, duplicates, limit, max_gap_
             reason[i] = 7
             continue
         before = i
-        jumped = last >= 0 and _too_far(t, x, y, last, i, limit)
+        jumped = last >= 0 and _too_far(t, slack, x, y, last, i, limit)
         if jumped or last < 0:
             j = _next_kept(vehicle, t, facts, reason, i, duplicates)
             if jumped:
-                confirmed = j >= 0 and not _too_far(t, x, y, i, j, limit) and _too_far(t, x, y, last, j, limit)
+                confirmed = j >= 0 and not _too_far(t, slack, x, y, i, j, limit) and _too_far(t, slack, x, y, last, j, limit)
                 if not confirmed:
                     reason[i] = 8
                     continue
-            elif j >= 0 and _too_far(t, x, y, i, j, limit):
+            elif j >= 0 and _too_far(t, slack, x, y, i, j, limit):
                 k = _next_kept(vehicle, t, facts, reason, j, duplicates)
-                if k >= 0 and not _too_far(t, x, y, j, k, limit) and _too_far(t, x, y, i, k, limit):
+                if k >= 0 and not _too_far(t, slack, x, y, j, k, limit) and _too_far(t, slack, x, y, i, k, limit):
                     reason[i] = 8
                     continue
         if derive and last >= 0 and not jumped:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pyproj import CRS
 
 from roadfuse_core.files import DamagedFileError, digest_of, read_record, write_record
-from roadfuse_core.grid import Grid, PixelProjection, fit_projection
+from roadfuse_core.grid import Grid, PixelProjection, fit_projection, ground_metres, pixel_metres
 from roadfuse_core.points._clean import Placed, Reason, judge_rows, judge_vehicles
 from roadfuse_core.points._datum import shift_datum
 from roadfuse_core.points._read import Part, Rows, read_batches, rows_by_bucket, shuffle_rows
@@ -234,8 +234,8 @@ class _Mapper:
         self.job = job
         self.collector = Collector(job.spec, job.grid, job.capacity)
         self.ratios = SpeedRatios()
-        crs = CRS.from_user_input(job.spec.crs)
-        self.metres_per_unit = None if crs.is_geographic else crs.axis_info[0].unit_conversion_factor
+        geographic = CRS.from_user_input(job.spec.crs).is_geographic
+        self.metres_per_unit = None if geographic else ground_metres(job.spec.crs, job.grid)
         self.reasons = np.zeros(len(Reason), np.int64)
         self.tiles: Counter[int] = Counter()
         self.shards: list[str] = []
@@ -263,7 +263,7 @@ class _Mapper:
         interval = rows.interval
         if job.vehicles_matter:
             derive = job.spec.columns.interval is None
-            interval = judge_vehicles(rows, placed, job.spec.clean, job.grid.resolution_m, derive)
+            interval = judge_vehicles(rows, placed, job.spec.clean, pixel_metres(job.grid), derive)
             self.ratios.add(rows, placed, self.metres_per_unit)
         self.reasons += np.bincount(placed.reason, minlength=len(Reason))
         if not self.collector.fits(len(rows.x)):

@@ -37,18 +37,20 @@ class SpeedRatios:
 
     by_day: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, rows: Rows, placed: Placed, metres_per_unit: float | None) -> None:
+    def add(self, rows: Rows, placed: Placed, metres_per_unit: tuple[float, float] | None) -> None:
         """Count a batch, sorted by vehicle and time.
 
         Args:
             rows: The batch.
             placed: Its reasons.
-            metres_per_unit: Of projected coordinates; None for degrees.
+            metres_per_unit: On the ground, along both axes of projected coordinates; None for degrees.
         """
         if not len(rows.speed):
             return
         day, place = np.empty(len(rows.x), np.int64), np.empty(len(rows.x), np.int64)
-        n = _ratios(rows.vehicle, rows.time_us, rows.speed, rows.x, rows.y, metres_per_unit or 0.0, placed.reason, day, place)
+        n = _ratios(
+            rows.vehicle, rows.time_us, rows.speed, rows.x, rows.y, metres_per_unit or (0.0, 0.0), placed.reason, day, place
+        )
         days, inverse = np.unique(day[:n], return_inverse=True)
         counts = np.bincount(inverse * BINS + place[:n], minlength=len(days) * BINS).reshape(len(days), BINS)
         for d, row in zip(days.tolist(), counts.tolist(), strict=True):
@@ -64,8 +66,8 @@ def _ratios(vehicle, t, speed, x, y, unit, reason, day, place):
         if last >= 0 and vehicle[last] == vehicle[i] and speed[i] > 0:
             seconds = (t[i] - t[last]) / 1e6
             if 1 <= seconds <= 180:
-                east, north = (x[i] - x[last]) * unit, (y[i] - y[last]) * unit
-                if unit == 0:  # degrees, on a sphere: a thousandth is nothing here
+                east, north = (x[i] - x[last]) * unit[0], (y[i] - y[last]) * unit[1]
+                if unit[0] == 0:  # degrees, on a sphere: a thousandth is nothing here
                     east = (x[i] - x[last]) * np.cos(np.radians(y[i])) * METRES_PER_DEGREE
                     north = (y[i] - y[last]) * METRES_PER_DEGREE
                 implied = np.hypot(east, north) / seconds

@@ -279,7 +279,7 @@ def drive(cols, seconds, vehicle=None, row=100.0):
 
 def vehicle_reasons(rows, **clean):
     placed = judged(rows)
-    interval = judge_vehicles(rows, placed, CleanSpec(**clean), 1.0, True)
+    interval = judge_vehicles(rows, placed, CleanSpec(**clean), (1.0, 1.0), True)
     return placed.reason.tolist(), interval.tolist()
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import csv
 
 from roadfuse_core.cubes import CubeReader, _plan, cubes_path, ingest, plan_ingest
 from roadfuse_core.points import read_report
@@ -146,7 +148,7 @@ import sys
 from pathlib import Path
 from roadfuse_core.cubes import ingest
 from roadfuse_core.settings import load_city
-ingest(load_city(sys.argv[1]))
+ingest(load_city(Path(sys.argv[1])))
 print(next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """
 
@@ -162,15 +164,14 @@ def write_large(path: Path, rows: int) -> None:
     """Text of so many rows, written piece by piece."""
     rng = np.random.default_rng(1)
     piece = 250_000
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "wb") as file:
+    with gzip.open(path, "wb", 1) if path.suffix == ".gz" else path.open("wb") as file:
         file.write(b"vid,lon,lat,t,sp\n")
         for k in range(0, rows, piece):
-            frame = pd.DataFrame({
+            table = pa.table({
                 "vid": rng.integers(0, 50_000, piece), "lon": 13 + 0.01 * rng.random(piece), "lat": 47 + 0.01 * rng.random(piece),
-                "t": 1_772_000_000 + k // 10 + rng.integers(0, 3000, piece), "sp": 30,
+                "t": 1_772_000_000 + k // 10 + rng.integers(0, 3000, piece), "sp": np.full(piece, 30),
             })  # fmt: skip
-            file.write(frame.to_csv(index=False, header=False, float_format="%.7f").encode())
+            csv.write_csv(table, file, csv.WriteOptions(include_header=False))
 
 
 @pytest.mark.slow
