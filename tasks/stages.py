@@ -20,9 +20,9 @@ from roadfuse_core.cluster import ClusterLostError
 from roadfuse_core.cubes import files_between, ingest, ledger, plan_ingest
 from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.files import write_whole
-from roadfuse_core.inference import MapReader, infer, release, split_of_map
+from roadfuse_core.inference import MapReader, export_array, infer, release, split_of_map
 from roadfuse_core.metrics import MapScores, append_history, judge, read_history, score_city, tune_kde, write_metrics
-from roadfuse_core.mosaic import NODATA, write_cog, write_item
+from roadfuse_core.mosaic import write_item
 from roadfuse_core.report import Stage, write_report
 from roadfuse_core.settings import load_city
 from roadfuse_core.simulate import CityKnobs, simulate_city
@@ -106,10 +106,7 @@ def export_maps(city_file: Path) -> dict[str, Path]:
     city = load_city(city_file)
     reader, grid = MapReader(city), city.make_grid()
     out = city.workspace_path / "export"
-    files = {
-        name: write_cog(out / f"{city.name}-{name}.tif", grid, lambda *w, n=name: reader.window(n, *w), "uint8", NODATA, how)
-        for name, how in LAYERS
-    }
+    files = {name: export_array(city, reader, name, how, out / f"{city.name}-{name}.tif") for name, how in LAYERS}
     facts = {"roadfuse:model": reader.record["model_digest"], "roadfuse:cubes_snapshot": reader.record["cubes_snapshot"]}
     item = write_item(out / f"{city.name}.json", city.name, grid, files, datetime.fromisoformat(reader.record["made"]), facts)
     return {**files, "stac item": item}

@@ -2,6 +2,7 @@
 
 from roadfuse_core.inference._calibrate import Calibration, calibrate, software_versions
 from roadfuse_core.inference._evidence import Evidence, read_evidence, readers_of
+from roadfuse_core.inference._export import export_array
 from roadfuse_core.inference._learnt import split_of_map
 from roadfuse_core.inference._map import MapReader, MapRecord, changed_map_tiles, map_key, maps_path
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
@@ -33,6 +34,7 @@ __all__ = [
     "calibrate",
     "changed_map_tiles",
     "choose_weights",
+    "export_array",
     "infer",
     "load_predictor",
     "map_key",

@@ -9,7 +9,7 @@ import pytest
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.cubes import cubes_path, expire, ingest
 from roadfuse_core.grid import Block, TileIndex
-from roadfuse_core.inference import infer
+from roadfuse_core.inference import MapReader, export_array, infer, rollback
 from roadfuse_core.metrics import _city as scoring
 from roadfuse_core.metrics import _tune as tuning
 from roadfuse_core.metrics import score_city, tune_kde
@@ -151,3 +151,48 @@ def test_a_tuning_that_finds_the_same_makes_no_other_map(city):
     assert infer(city, str(path), "baseline")["unchanged"]
     path.write_text(model.model_copy(update={"threshold_per_m2": 2 * model.threshold_per_m2}).model_dump_json())
     assert infer(city, str(path), "baseline")["why_full"] == "changed: model"
+
+
+def test_an_export_is_brought_up_to_date_and_equals_one_from_nothing(city, monkeypatch):
+    """After a dump, after a rollback, after a map from nothing, after damage to the file; the road as well as the probability."""
+    reads, real = [], MapReader.window
+    monkeypatch.setattr(MapReader, "window", lambda self, *a: (reads.append(a), real(self, *a))[1])
+    out = city.root / "export"
+
+    def export(folder="export"):
+        reader, made = MapReader(city), []
+        for name, how in (("probability", "average"), ("road", "mode")):
+            export_array(city, reader, name, how, city.root / folder / f"{name}.tif", lambda *t: made.append(t[1]))
+        return made
+
+    def assert_as_from_nothing(step):
+        for note in (city.workspace_path / "outputs").iterdir():
+            note.rename(city.root / note.name)
+        export(f"fresh-{step}")
+        for note in (city.workspace_path / "outputs").iterdir():
+            (city.root / note.name).rename(note)
+        for name in ("probability", "road"):
+            assert (out / f"{name}.tif").read_bytes() == (city.root / f"fresh-{step}/{name}.tif").read_bytes()
+
+    assert export() == [2, 2]
+    assert export() == [0, 0], "nothing changed"
+    add_dump(city)
+    infer(city)
+    reads.clear()
+    export()
+    assert len(reads) == 2
+    assert_as_from_nothing("dump")
+    rollback(city)
+    assert export() == [2, 2], "the map before is no descendant of what the file shows"
+    assert_as_from_nothing("rollback")
+    infer(city, full=True)
+    assert export() == [2, 2]
+    assert_as_from_nothing("anew")
+    whole = (out / "road.tif").read_bytes()
+    for damage in (whole[:-20], b"", whole[:400] + b"?" + whole[401:]):
+        (out / "road.tif").write_bytes(damage)
+        assert export() == [0, 2]
+        assert (out / "road.tif").read_bytes() == whole
+    (out / "road.tif").unlink()
+    assert export() == [0, 2]
+    assert (out / "road.tif").read_bytes() == whole
