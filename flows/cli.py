@@ -18,11 +18,13 @@ from rich.text import Text
 
 from flows import operation_commands, training_commands
 from flows.console import CityFile, console, prepare_prefect
-from roadfuse_core.errors import ConfigError, NothingPublishedError, RoadFuseError, StoreError
+from roadfuse_core.errors import ConfigError, DataError, NothingPublishedError, RoadFuseError, StoreError
 from roadfuse_core.settings import City, load_city, parse_assignments
 
 if TYPE_CHECKING:
-    from roadfuse_core.cubes import IngestPlan
+    from collections.abc import Sequence
+
+    from roadfuse_core.cubes import IngestPlan, SkippedFile
 
 __all__ = ["app", "main"]
 
@@ -175,21 +177,42 @@ def ingest(
     """Bring new dumps into the cube, wholly or not at all."""
     from roadfuse_core.cluster import open_cluster
     from roadfuse_core.cubes import ingest as ingest_dumps
-    from roadfuse_core.cubes import plan_ingest
+    from roadfuse_core.cubes import plan_ingest, read_skipped
     from tasks.progress import ConsoleProgress
 
     city = load_city(city_file)
     plan = plan_ingest(city, files, replace)
     if dry_run or not plan.dump or plan.dump == replace:
         _show_plan(city, plan, as_json, replace)
+        if not dry_run and not files:
+            ingest_dumps(city, replace=replace)  # writes down what is left out
+            _refuse_damaged(city)
         return
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, files, client, tell, replace, quarantine)
     if as_json:
         _print_json(entry)
-        return
-    _show_ledger([entry] if entry else [])
-    _show_notes(city)
+    else:
+        _show_ledger([entry] if entry else [])
+        _show_skipped(read_skipped(city) if not files else [])
+        _show_notes(city)
+    if entry is None and not files:
+        _refuse_damaged(city)
+
+
+def _show_skipped(skipped: Sequence[SkippedFile]) -> None:
+    """Files that are in no dump yet, and why."""
+    for file in skipped:
+        console.print(f"left out: {file.reason}", style="yellow", markup=False)
+
+
+def _refuse_damaged(city: City) -> None:
+    """An ingest that brought nothing, because all that is new is damaged, is no success."""
+    from roadfuse_core.cubes import read_skipped
+
+    damaged = [file for file in read_skipped(city) if file.damaged]
+    if damaged:
+        raise DataError(damaged[0].reason)
 
 
 def _show_notes(city: City) -> None:
@@ -214,6 +237,9 @@ def _show_plan(city: City, plan: IngestPlan, as_json: bool, replace: str | None 
     if plan.copies:
         console.print(f"{len(plan.copies)} files are copies of others and are not read again: {', '.join(plan.copies[:5])}",
                       markup=False)  # fmt: skip
+    for source in plan.archived:
+        console.print(f"{source} matches no file now; what it once matched is in the ledger", markup=False)
+    _show_skipped(plan.skipped)
     if replace and plan.dump in ("", replace):
         why = "it was made of these files with these settings" if plan.dump else "there is no new file to take its place"
         console.print(f"dump {replace} stays as it is: {why}", style="yellow", markup=False)
@@ -352,7 +378,7 @@ def export(
 @app.command()
 def status(city_file: CityFile, as_json: AsJson = False) -> None:
     """Dumps in the ledger, snapshots of the cube, and the published map."""
-    from roadfuse_core.cubes import ledger, other_settings, snapshots
+    from roadfuse_core.cubes import ledger, other_settings, read_skipped, snapshots
     from roadfuse_core.inference import MapReader
 
     city = load_city(city_file)
@@ -364,9 +390,11 @@ def status(city_file: CityFile, as_json: AsJson = False) -> None:
     if as_json:
         notes = other_settings(city) if city.points else []
         snapshot_rows = [asdict(s) for s in snapshots(city)]
-        _print_json({"dumps": dumps, "snapshots": snapshot_rows, "map": record, "notes": notes})
+        skipped = [asdict(s) for s in read_skipped(city)]
+        _print_json({"dumps": dumps, "snapshots": snapshot_rows, "map": record, "notes": notes, "skipped": skipped})
         return
     _show_ledger(dumps)
+    _show_skipped(read_skipped(city))
     _show_notes(city)
     for s in snapshots(city):
         console.print(f"snapshot {s.id}  {s.made:%Y-%m-%d %H:%M:%S}  {s.message}")

@@ -9,6 +9,7 @@ from prefect import flow
 
 from flows.refresh import CityFile, city_of_run, refresh, run_name
 from roadfuse_core.cubes import plan_ingest
+from tasks import stages
 
 __all__ = ["watch"]
 
@@ -23,4 +24,6 @@ def watch(city_file: CityFile) -> dict[str, Any] | None:
     Returns:
         What `refresh` returned, or None.
     """
-    return refresh(city_file) if plan_ingest(city_of_run(Path(city_file))).files else None
+    plan = plan_ingest(city_of_run(Path(city_file)))
+    stages.warn_of_skipped(plan.skipped)
+    return refresh(city_file) if plan.files else None

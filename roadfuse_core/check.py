@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from roadfuse_core.cubes import FIXED_POINT, find_new, ledger, other_settings, require_same_cube
-from roadfuse_core.errors import ConfigError, RoadFuseError
+from roadfuse_core.cubes import FIXED_POINT, find_new, ledger, other_settings, require_same_cube, sift, split_off_young
+from roadfuse_core.errors import ConfigError, DataError, RoadFuseError
 from roadfuse_core.grid import Grid, fit_projection
 from roadfuse_core.imagery import ImageryReader, RasterKey, find_imagery
 from roadfuse_core.inference import choose_weights, load_predictor, read_facts, require_target, resolve_weights
@@ -105,23 +105,41 @@ def _check_points(city: City) -> list[str]:
         return ["points: none; the map comes from imagery alone"]
     grid = city.make_grid()
     fit_projection(grid, city.points.crs)
-    known, files = find_new(city)
-    rows = sum(check_columns(city, files))
+    known, found_files = find_new(city)
+    if not known and not found_files:
+        return ["points: the sources match no file now; what they once matched is in the ledger", *_check_cube(city)]
+    settled, left = split_off_young(city, found_files)
+    counted, damaged = sift(settled, lambda some: check_columns(city, some))
+    if damaged and not counted and not known:
+        check_columns(city, settled)
+    files, rows = [f for f, _ in counted], sum(n for _, n in counted)
     empty = empty_files(city, files)
-    if not known and len(empty) == len(files):
+    if not known and files and len(empty) == len(files):
         raise ConfigError("points.sources", list(city.points.sources), "hold no rows", "point at files with data")
     said = [f"points: {len(known) + len(files)} files", f"{len(known)} of them in the ledger" if known else ""]
     new = "new " if known else ""
-    counted = all(f.is_parquet for f in files)
-    said.append(f"{rows:,} rows in {new}Parquet" if rows and counted else f"about {rows:,} {new}rows" if rows else "")
+    exact = all(f.is_parquet for f in files)
+    said.append(f"{rows:,} rows in {new}Parquet" if rows and exact else f"about {rows:,} {new}rows" if rows else "")
     found = [", ".join(text for text in said if text)]
     found += [f"points: {f.label} is empty" for f in empty[:5]]
+    found += [f"{s.reason} (left out)" for s in (*left, *damaged)]
     if (step := single_precision_step(city, files)) > 0.5:
         found.append(f"points: positions are stored in 32 bits and step by {step:.1f} px here; store them in 64 bits")
     found += _check_cube(city)
     if known:  # the settings fitted those, and a new file may lie elsewhere
         return found
-    return found + _check_sample(city, grid, next(f for f in files if f not in empty))
+    full = [f for f in files if f not in empty]
+    return found + (_check_first_readable(city, grid, full) if full else [])
+
+
+def _check_first_readable(city: City, grid: Grid, files: list[SourceFile]) -> list[str]:
+    """Place the first rows of the first file that can be read."""
+    for file in files[:-1]:
+        try:
+            return _check_sample(city, grid, file)
+        except DataError:  # the ingest leaves it out and says so
+            continue
+    return _check_sample(city, grid, files[-1])
 
 
 def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:

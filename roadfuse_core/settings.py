@@ -128,6 +128,9 @@ class PointsSpec(_Spec):
     time_unit: Literal["s", "ms"] = Field("s", description="unit of numeric times since 1970")
     time_zone: str = Field("UTC", description="zone of times that state none")
     period: Literal["day", "week", "month", "all"] = Field("month", description="time resolution of the cube")
+    settle_s: float = Field(
+        0, ge=0, description="files changed within so many seconds wait for a later run: more than a copy or a logger pauses"
+    )
     csv: CsvSpec = Field(CsvSpec(), description="layout of text files")
     clean: CleanSpec = Field(CleanSpec(), description="what is rejected")
 

@@ -17,7 +17,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from roadfuse_core.cubes import ledger
+from roadfuse_core.cubes import ledger, read_skipped
 from roadfuse_core.errors import NothingPublishedError
 from roadfuse_core.metrics import CityScores, MapScores, describe_tiles, read_history
 from roadfuse_core.report import Stage, map_preview
@@ -137,7 +137,9 @@ def _points(city: City) -> list[str]:
         rows.append(f"| **`{d['dump']}`** | **{d['rows']:,}** | |")
         for name, n in [("kept", d["kept"]), *((f"rejected: {k.replace('_', ' ')}", v) for k, v in d["rejected"].items())]:
             rows.append(f"| {name} | {n:,} | {n / max(d['rows'], 1):.1%} |")
-    return rows if dumps else ["No points."]
+    skipped = read_skipped(city) if city.points else []
+    left = ["", "**Files left out**", *(f"- {file.reason}" for file in skipped)] if skipped else []
+    return (rows if dumps else ["No points."]) + left
 
 
 def _windows(record: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from prefect import get_run_logger, task
 
 from roadfuse_core.check import check_refresh
 from roadfuse_core.cluster import ClusterLostError
-from roadfuse_core.cubes import files_between, ingest, ledger, plan_ingest
+from roadfuse_core.cubes import SkippedFile, files_between, ingest, ledger, plan_ingest, read_skipped
 from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.files import write_whole
 from roadfuse_core.inference import MapReader, export_array, infer, release, split_of_map
@@ -32,12 +32,12 @@ from tasks.artifacts import ProgressArtifact
 from tasks.progress import ConsoleProgress, LogProgress, SafeProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 LAYERS: tuple[tuple[str, Literal["average", "mode"]], ...] = (("probability", "average"), ("road", "mode"))
 __all__ = [
     "backfill_dumps", "check", "decide", "export_maps", "ingest_dumps", "plan_backfill", "predict", "remember", "report",
-    "score", "simulate", "train", "tune_baseline",
+    "score", "simulate", "train", "tune_baseline", "warn_of_skipped",
 ]  # fmt: skip
 
 
@@ -71,7 +71,14 @@ def ingest_dumps(city_file: Path, scheduler: str) -> dict[str, Any] | None:
     city = load_city(city_file)
     with Client(scheduler) as client, _tell(city.name) as tell:
         entry = ingest(city, client=client, tell=tell)
+    warn_of_skipped(read_skipped(city))
     return {k: v for k, v in entry.items() if k != "files"} if entry else None
+
+
+def warn_of_skipped(skipped: Sequence[SkippedFile]) -> None:
+    """Say in the run's log which files are left out, and why."""
+    for file in skipped:
+        get_run_logger().warning("left out: %s", file.reason)
 
 
 @task(name="tune baseline")

@@ -31,6 +31,7 @@ from roadfuse_core.cubes._repository import (
     storing,
     write_coordinates,
 )
+from roadfuse_core.cubes._skipped import SkippedFile, read_skipped, sift, split_off_young
 
 __all__ = [
     "FIXED_POINT",
@@ -43,6 +44,7 @@ __all__ = [
     "IngestPlan",
     "Layer",
     "LedgerEntry",
+    "SkippedFile",
     "Snapshot",
     "changed_tiles",
     "committer_lock",
@@ -60,9 +62,12 @@ __all__ = [
     "plan_ingest",
     "publish",
     "read_group",
+    "read_skipped",
     "render",
     "require_same_cube",
+    "sift",
     "snapshots",
+    "split_off_young",
     "storing",
     "worker_memory",
     "write_coordinates",

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,7 @@ from roadfuse_core.cubes._plan import (
     cubes_path,
     cut_parts,
     kept_nothing,
+    leave_out,
     ledger,
     most_rows_per_slice,
     plan_ingest,
@@ -47,6 +49,7 @@ from roadfuse_core.cubes._repository import (
     publish,
     storing,
 )
+from roadfuse_core.cubes._skipped import changed_files, damaged_files, forget_readable, write_skipped
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.files import DamagedFileError, read_record, write_record
 from roadfuse_core.grid import Grid, TileIndex
@@ -95,7 +98,9 @@ def ingest(
 ) -> LedgerEntry | None:
     """Bring the new files into the cube as one dump: wholly or not at all.
 
-    Killed at any moment and run again, it takes the shards that are whole, and nothing is counted twice.
+    Killed at any moment and run again, it takes the shards that are whole, and nothing is counted twice. Of the city's own
+    sources, files that wait, are damaged or change meanwhile are left out; `read_skipped` lists them, and a later ingest
+    takes them.
 
     Args:
         city: The city; its `points` say how to read.
@@ -110,7 +115,7 @@ def ingest(
 
     Raises:
         ConfigError: The settings do not fit the files, or the cube.
-        DataError: A file is unreadable, or its coordinates are exchanged throughout.
+        DataError: A file that was named is unreadable or changes meanwhile, or no file of the sources is right.
         StoreError: Another process is writing.
     """
     spec = city.points
@@ -119,17 +124,22 @@ def ingest(
     grid = city.make_grid()
     enter_workspace(city.workspace_path)
     with committer_lock(city.workspace_path), storing(city.workspace_path):
+        began = time.perf_counter()
+        if patterns is None:
+            forget_readable(city, client, tell)
         plan = plan_ingest(city, patterns, replace)
         outgoing = _outgoing(city, replace) if replace else []
-        if not plan.dump or plan.dump == replace:
+        reading = _Reading(city, spec, grid, client, tell, str(quarantine or ""))
+        plan, reports = _read(reading, plan, replace, patterns is not None)
+        if patterns is None:
+            write_skipped(city, plan.skipped)
+        if not reports:
             _keep_contributions(city)
             return None
-        began = time.perf_counter()
-        folder = city.workspace_path / "shards" / f"{plan.dump}-{_digest(spec, grid)}"
-        plan = _resume(city, plan, folder)
-        jobs = _slices(plan, spec, folder, client, tell, str(quarantine or ""), grid)
-        reports = run_jobs(client, map_slice, jobs, "reading points", tell, amount=lambda r: r.rows, expected=plan.rows)
-        entry = _entry(plan, spec, reports, began) | {"shards": folder.name, "settings": read_settings(spec)}
+        entry = _entry(plan, spec, reports, began) | {
+            "shards": reading.folder(plan).name, "settings": read_settings(spec),
+            "skipped": [{"label": s.label, "reason": s.reason} for s in plan.skipped],
+        }  # fmt: skip
         _refuse_spoilt(entry, spec)
         repository = open_repository(cubes_path(city), create=True)
         snapshot = _reduce(repository, spec, grid, entry, [*reports, *outgoing], replace, client, tell)
@@ -137,9 +147,58 @@ def ingest(
     return entry | {"snapshot": snapshot}
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What the slices of a dump are made with."""
+
+    city: City
+    spec: PointsSpec
+    grid: Grid
+    client: Client | None
+    tell: Progress
+    quarantine: str
+
+    def folder(self, plan: IngestPlan) -> Path:
+        """Where a dump's shards lie."""
+        return self.city.workspace_path / "shards" / f"{plan.dump}-{_digest(self.spec, self.grid)}"
+
+
+def _read(
+    reading: _Reading, plan: IngestPlan, replace: str | None, named: bool
+) -> tuple[IngestPlan, list[SliceReport]]:  # fmt: skip
+    """The slices of a plan, and the plan of what was read: a damaged or changing file is left out, unless it was named.
+
+    Raises:
+        DataError: A file that was named is damaged, or changed while it was read.
+    """
+    while plan.dump and plan.dump != replace:
+        try:
+            reports = _map(reading, plan)
+            left = changed_files(plan.sources)
+        except DataError:
+            left = [] if named else damaged_files(reading.city, plan.sources, reading.client, reading.tell)
+            if not left:
+                raise
+        if not left:
+            return plan, reports
+        if named:
+            raise DataError(left[0].reason)
+        plan = leave_out(reading.city, plan, left)
+    return plan, []
+
+
+def _map(reading: _Reading, plan: IngestPlan) -> list[SliceReport]:
+    folder = reading.folder(plan)
+    plan = _resume(reading.city, plan, folder)
+    jobs = _slices(plan, reading.spec, folder, reading.client, reading.tell, reading.quarantine, reading.grid)
+    return run_jobs(
+        reading.client, map_slice, jobs, "reading points", reading.tell, amount=lambda r: r.rows, expected=plan.rows
+    )
+
+
 def _digest(spec: PointsSpec, grid: Grid) -> str:
     """Names the settings and the code that decide a shard's content, so that shards of others are never taken."""
-    settings = spec.model_dump(mode="json", exclude={"sources"})
+    settings = spec.model_dump(mode="json", exclude={"sources", "settle_s"})
     text = json.dumps(["samples", settings, grid.__dict__, _software()], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

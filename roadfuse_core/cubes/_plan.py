@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
+import secrets
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,6 +23,7 @@ from distributed.system import MEMORY_LIMIT
 from roadfuse_core.cluster import count_workers
 from roadfuse_core.cubes._reduce import TILE_ROWS
 from roadfuse_core.cubes._repository import FORMAT, MAIN, grid_attributes, open_repository, read_group
+from roadfuse_core.cubes._skipped import SkippedFile, sift, split_off_young
 from roadfuse_core.errors import ConfigError, DataError, NothingPublishedError, StoreError
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.points import (
@@ -34,6 +37,7 @@ from roadfuse_core.points import (
     find_sources,
     identify,
     judge_rows,
+    matches,
     materialise,
     needs_vehicles,
     read_rows,
@@ -53,6 +57,7 @@ __all__ = [
     "find_new",
     "forecast",
     "kept_nothing",
+    "leave_out",
     "ledger",
     "most_rows_per_slice",
     "other_settings",
@@ -65,6 +70,7 @@ __all__ = [
     "stored_cube",
 ]
 
+log = logging.getLogger(__name__)
 LedgerEntry = dict[str, Any]
 ROWS_PER_SLICE = 4_000_000  # more would let memory grow with the points
 # Jobs for each worker, so that none waits long for the last; fewer rows than the least are not worth a job.
@@ -86,6 +92,8 @@ class IngestPlan:
         files: New files with size and content hash.
         known: Files whose content the ledger already holds.
         copies: Files with the content of another one of the dump; they are not read.
+        skipped: Files of the city's sources that wait or are damaged.
+        archived: Sources that match nothing any more, and whose files are in the ledger.
         rows: Rows to read; counted for Parquet, estimated from the size and the first rows for text.
         slices: Jobs of the map, about.
         rows_per_slice: Most rows of a job, by the memory of a worker.
@@ -95,6 +103,8 @@ class IngestPlan:
     files: list[dict[str, Any]]
     known: list[str]
     copies: list[str]
+    skipped: list[SkippedFile]
+    archived: list[str]
     rows: int
     slices: int
     rows_per_slice: int
@@ -164,6 +174,9 @@ def require_same_cube(city: City) -> None:
 def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | None = None) -> IngestPlan:
     """What is new among the city's files; opens those that the ledger does not hold, and writes nothing.
 
+    Of the city's own sources, files that are too young or damaged are left out, so that the others enter. Files that are
+    named one by one all have to be right.
+
     Args:
         city: The city.
         patterns: Files or globs instead of the city's own sources.
@@ -172,7 +185,7 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     Raises:
         ConfigError: Sources match nothing or lack a column, a worker's memory is too small, there is no dump to replace, or
             the existing cube has another grid, period or other columns.
-        DataError: A file is unreadable, or one that was ingested has changed.
+        DataError: A file that was named is unreadable or was ingested with other content, or no file of the sources is right.
     """
     require_same_cube(city)
     every = ledger(city)
@@ -182,28 +195,67 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     held = {f["hash"] for e in entries for f in e["files"]}
     by_label = {f["label"] for e in entries for f in e["files"]}
     versions = _hashes(every.values())
-    known_files, files = _split(find_sources(city, patterns), versions, held)
+    found, archived = _find(city, patterns, every.values())
+    known_files, files = _split(found, versions, held)
     known = [f.label for f in known_files]
-    counted = check_columns(city, files)
+    looked, skipped = _look(city, files, versions, bool(known)) if patterns is None else (_strictly(city, files, versions), [])
     new: dict[str, dict[str, Any]] = {}
     copies: list[str] = []
-    for f, rows in zip(identify(files, versions), counted, strict=True):
+    for f in looked:
         if f["hash"] in held:
             known.append(str(f["label"]))
         elif f["hash"] in new:
             copies.append(str(f["label"]))
         elif f["label"] in by_label:
-            raise DataError(f"points.sources: {f['label']} was ingested with other content; give the new content a new name")
+            problem = f"points.sources: {f['label']} was ingested with other content; give the new content a new name"
+            if patterns is not None:
+                raise DataError(problem)
+            skipped.append(SkippedFile(f["label"], f["version"], problem, damaged=True))
         else:
-            new[f["hash"]] = f | {"rows": rows}
-    rows = sum(f["rows"] for f in new.values())
+            new[f["hash"]] = f
+    plan = IngestPlan("", [], known, copies, skipped, archived, 0, 0, rows_per_slice(city, 0))
+    return _with_files(city, plan, list(new.values()))
+
+
+def _with_files(city: City, plan: IngestPlan, files: list[dict[str, Any]]) -> IngestPlan:
+    """A plan to read files, in the order of their content: a run after a crash makes the same slices, whatever their names."""
+    if not files:
+        return dataclasses.replace(plan, dump="", files=[], rows=0, slices=0)
+    ordered = sorted(files, key=lambda f: str(f["hash"]))
+    rows = sum(f["rows"] for f in files)
     per_slice = rows_per_slice(city, rows)
-    if not new:
-        return IngestPlan("", [], known, copies, 0, 0, per_slice)
-    # In the order of their content, so that a run after a crash makes the same slices, whatever the files are called.
-    ordered = [new[digest] for digest in sorted(new)]
-    dump = _dump_name(city, list(ordered))
-    return IngestPlan(dump, ordered, known, copies, rows, max(1, -(-rows // per_slice)), per_slice)
+    sized = dataclasses.replace(plan, dump=_dump_name(city, ordered), files=ordered, rows=rows)
+    return sized.cut_by(per_slice)
+
+
+def leave_out(city: City, plan: IngestPlan, skipped: Sequence[SkippedFile]) -> IngestPlan:
+    """The plan for a dump without some of its files."""
+    labels = {s.label for s in skipped}
+    others = [f for f in plan.files if f["label"] not in labels]
+    return _with_files(city, dataclasses.replace(plan, skipped=[*plan.skipped, *skipped]), others)
+
+
+def _strictly(city: City, files: list[SourceFile], versions: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
+    counted = check_columns(city, files)
+    return [f | {"rows": rows} for f, rows in zip(identify(files, versions), counted, strict=True)]
+
+
+def _look(
+    city: City, files: list[SourceFile], versions: Mapping[tuple[str, str], str], others_known: bool
+) -> tuple[list[dict[str, Any]], list[SkippedFile]]:
+    """Identities and rows of the files that are right, and the others.
+
+    Raises:
+        ConfigError: No file is right, so that it is the settings that are not.
+        DataError: Likewise.
+    """
+    old, young = split_off_young(city, files)
+    counted, damaged = sift(old, lambda some: check_columns(city, some))
+    identified, unreadable = sift([f for f, _ in counted], lambda some: identify(some, versions))
+    if damaged and not counted and not others_known:
+        _strictly(city, old, versions)
+    rows = {file: n for file, n in counted}
+    return [f | {"rows": rows[file]} for file, f in identified], [*young, *damaged, *unreadable]
 
 
 def _dump_name(city: City, files: Sequence[dict[str, Any]]) -> str:
@@ -214,7 +266,7 @@ def _dump_name(city: City, files: Sequence[dict[str, Any]]) -> str:
 
 def read_settings(spec: PointsSpec) -> dict[str, Any]:
     """What decides which sums a file's rows become, besides grid and period, which a cube has once and for all."""
-    settings = spec.model_dump(mode="json", exclude={"sources", "period"})
+    settings = spec.model_dump(mode="json", exclude={"sources", "period", "settle_s"})
     settings["clean"].pop("stop_above")
     return settings
 
@@ -259,8 +311,20 @@ def find_new(city: City) -> tuple[list[SourceFile], list[SourceFile]]:
         ConfigError: A source matches nothing, or a file is of an unknown kind.
         DataError: An object store does not answer.
     """
-    versions = _hashes(e for e in ledger(city).values() if not kept_nothing(e))
-    return _split(find_sources(city), versions, set(versions.values()))
+    entries = [e for e in ledger(city).values() if not kept_nothing(e)]
+    versions = _hashes(entries)
+    return _split(_find(city, None, entries)[0], versions, set(versions.values()))
+
+
+def _find(city: City, patterns: list[str] | None, entries: Collection[LedgerEntry]) -> tuple[list[SourceFile], list[str]]:
+    """The files behind sources, and those sources that match nothing now but once did, by the ledger."""
+    archived: list[str] = []
+
+    def was_ingested(source: str) -> bool:
+        archived.append(source)
+        return any(matches(source, f["label"]) for e in entries for f in e["files"])
+
+    return find_sources(city, patterns, was_ingested), archived
 
 
 def _hashes(entries: Iterable[LedgerEntry]) -> dict[tuple[str, str], str]:
@@ -330,6 +394,8 @@ def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime
 
     Raises:
         ConfigError: The city's points have no time, or the range is empty.
+
+    A file that cannot be read is left out, with a warning: it may lie outside the range.
     """
     spec = points_of(city)
     if spec.columns.time is None:
@@ -338,9 +404,15 @@ def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime
     if low >= high:
         raise ConfigError("--to", until.isoformat(), f"is not after --from {since.isoformat()}", "exchange them")
     with tempfile.TemporaryDirectory() as scratch:
-        paths = materialise(plan.sources, Path(scratch) / "unpacked")
-        spans = [time_span(spec, path, Path(scratch) / "spill") for path in paths]
-    return [f.label for f, s in zip(plan.sources, spans, strict=True) if s and s[0] < high and s[1] >= low]
+
+        def spans(files: list[SourceFile]) -> list[tuple[int, int] | None]:
+            unpacked = Path(scratch) / f"unpacked-{secrets.token_hex(4)}"
+            return [time_span(spec, path, Path(scratch) / "spill") for path in materialise(files, unpacked)]
+
+        found, damaged = sift(plan.sources, spans)
+    for file in damaged:
+        log.warning("%s; it is left out, whatever times it holds", file.reason)
+    return [f.label for f, s in found if s and s[0] < high and s[1] >= low]
 
 
 def cut_parts(plan: IngestPlan, folder: Path) -> list[Part]:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from roadfuse_core.cubes import LedgerEntry
+from roadfuse_core.cubes import LedgerEntry, read_skipped
 from roadfuse_core.files import write_whole
 from roadfuse_core.settings import City
 
@@ -84,6 +84,7 @@ def write_metrics(city: City, entry: Facts, dumps: list[LedgerEntry]) -> Path:
         "held_back": int(not entry["published"]),
         "windows_predicted": 0 if entry["record"].get("unchanged") else entry["record"]["windows"],
         "windows_failed": entry["windows_failed"],
+        "files_left_out": len(read_skipped(city)),
         "refresh_seconds": round(entry["seconds"], 3),
         "rows_rejected_share": sum(newest["rejected"].values()) / newest["rows"] if newest and newest["rows"] else None,
         "published_timestamp_seconds": _last_published(city),

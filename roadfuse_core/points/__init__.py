@@ -20,9 +20,11 @@ from roadfuse_core.points._shard_file import ShardFile, write_shard
 from roadfuse_core.points._sources import (
     SourceFile,
     check_columns,
+    current_version,
     empty_files,
     find_sources,
     identify,
+    matches,
     materialise,
     single_precision_step,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "arrays_of",
     "check_columns",
     "columns_of",
+    "current_version",
     "cut_buckets",
     "empty_files",
     "find_sources",
@@ -60,6 +63,7 @@ __all__ = [
     "judge_rows",
     "judge_vehicles",
     "map_slice",
+    "matches",
     "materialise",
     "needs_vehicles",
     "period_of",

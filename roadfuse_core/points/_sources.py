@@ -31,7 +31,17 @@ from roadfuse_core.grid import fit_projection
 from roadfuse_core.points._text_rows import estimate_rows
 from roadfuse_core.settings import City, PointsSpec
 
-__all__ = ["SourceFile", "check_columns", "empty_files", "find_sources", "identify", "materialise", "single_precision_step"]
+__all__ = [
+    "SourceFile",
+    "check_columns",
+    "current_version",
+    "empty_files",
+    "find_sources",
+    "identify",
+    "matches",
+    "materialise",
+    "single_precision_step",
+]
 
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".txt", ".tsv", ".gz")
@@ -76,16 +86,19 @@ class SourceFile:
         return (self.member or self.path).lower().endswith(PARQUET)
 
 
-def find_sources(city: City, patterns: list[str] | None = None) -> list[SourceFile]:
+def find_sources(
+    city: City, patterns: list[str] | None = None, archived: Callable[[str], bool] | None = None
+) -> list[SourceFile]:
     """The files behind the city's sources, sorted, each once, also where links lead to it twice or in circles.
 
     Args:
         city: Its `points.sources` are folders or globs, relative to the city file or URLs such as `s3://bucket/…`;
             `archive.zip::pattern` picks members, and litter of archives (`__MACOSX`, hidden files) is never picked.
         patterns: Instead of the city's own.
+        archived: Whether a source, absolute, may match nothing, because what it once matched was ingested.
 
     Raises:
-        ConfigError: A source matches nothing, or a file is of an unknown kind.
+        ConfigError: A source matches nothing and may not, or a file is of an unknown kind.
         DataError: An object store does not answer.
     """
     found: set[SourceFile] = set()
@@ -93,11 +106,11 @@ def find_sources(city: City, patterns: list[str] | None = None) -> list[SourceFi
         outer, _, inner = text.partition("::")
         listed = _remote_files(outer) if "://" in outer else _local_files(str(city.path(outer)))
         files = _expand(listed, inner)
-        if not files:
+        if not files and not (archived and archived(outer if "://" in outer else str(city.path(outer)))):
             raise ConfigError("points.sources", text, "matches no file", "correct the path or the pattern")
         found.update(files)
     for file in found:
-        if not (file.member or file.path).lower().endswith(PARQUET + TEXT):
+        if not (file.member or file.path).lower().endswith((*PARQUET, *TEXT, ".zip")):
             raise ConfigError("points.sources", file.label, "is neither Parquet nor text", f"use {', '.join(PARQUET + TEXT)}")
     return sorted(found, key=lambda f: f.label)
 
@@ -184,8 +197,16 @@ def _expand(files: list[SourceFile], inner: str) -> list[SourceFile]:
     """The files, with archives replaced by those of their members that a pattern picks."""
     archives = [f for f in files if f.path.lower().endswith(".zip")]
     plain = [f for f in files if not f.path.lower().endswith(".zip")]
-    members = _by_path(archives, lambda opener, file: _members(opener, file, inner or "*"))
+    members = _by_path(archives, lambda opener, file: _members_or_itself(opener, file, inner or "*"))
     return plain + [member for group in members for member in group]
+
+
+def _members_or_itself(opener: _Opener, file: SourceFile, pattern: str) -> list[SourceFile]:
+    """Members of an archive; the archive itself where it is damaged, so that `check_columns` says so of it alone."""
+    try:
+        return _members(opener, file, pattern)
+    except DataError:
+        return [file]
 
 
 def _members(opener: _Opener, file: SourceFile, pattern: str) -> list[SourceFile]:
@@ -244,6 +265,30 @@ class _Opener:
             store, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
             opened: IO[bytes] = store.open(name, "rb")
         return opened
+
+
+def matches(source: str, label: str) -> bool:
+    """Whether a source, absolute and without the members of an archive, may have matched a file of the ledger."""
+    path = label.partition("::")[0]
+    if MAGIC.search(source):
+        return bool(re.compile(glob_translate(source)).match(path))
+    return path == source or path.startswith(source.rstrip("/") + "/")
+
+
+def current_version(file: SourceFile) -> str | None:
+    """The file's version now, as `find_sources` would find it; None where it is no longer there.
+
+    Raises:
+        DataError: An object store does not answer.
+    """
+    try:
+        if "://" not in file.path:
+            return _local_file(file.path).version
+        with _reaching(file.path):
+            store, name = fsspec.core.url_to_fs(file.path, use_listings_cache=False)
+            return _version(store, name, store.info(name)) if store.exists(name) else None
+    except FileNotFoundError:
+        return None
 
 
 def identify(files: Sequence[SourceFile], known: Mapping[tuple[str, str], str] | None = None) -> list[dict[str, Any]]:
@@ -364,6 +409,9 @@ def check_columns(city: City, files: list[SourceFile]) -> list[int]:
     """
 
     def rows(opener: _Opener, file: SourceFile) -> int:
+        if file.path.lower().endswith(".zip") and not file.member:
+            _members(opener, file, "*")
+            raise DataError(f"points.sources: {file.path} was not a readable zip, and is one now; run again")
         if file.is_parquet:
             return _check_parquet(city, file, opener)
         _check_text(city, file, opener)

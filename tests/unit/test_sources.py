@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from roadfuse_core.errors import ConfigError, DataError
-from roadfuse_core.points import METRES_PER_SECOND, Part, find_sources, materialise, period_of, read_batches
+from roadfuse_core.points import METRES_PER_SECOND, Part, check_columns, find_sources, materialise, period_of, read_batches
 from roadfuse_core.settings import City
 
 
@@ -103,4 +103,4 @@ def test_sources_that_match_nothing_or_are_something_else(tmp_path):
         find_sources(city(tmp_path), ["a.xyz"])
     (tmp_path / "b.zip").write_bytes(b"PK no")
     with pytest.raises(DataError, match="not a readable zip"):
-        find_sources(city(tmp_path), ["b.zip"])
+        check_columns(city(tmp_path), find_sources(city(tmp_path), ["b.zip"]))
