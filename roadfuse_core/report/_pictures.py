@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ from PIL import Image
 from scipy import ndimage
 
 from roadfuse_core.cubes import CubeReader, cubes_path
+from roadfuse_core.files import digest_of
 from roadfuse_core.grid import Grid
-from roadfuse_core.imagery import ImageryReader, find_imagery
+from roadfuse_core.imagery import ImageryReader, find_imagery, identify
 from roadfuse_core.inference import MapReader
-from roadfuse_core.labels import open_map
+from roadfuse_core.labels import labels_digest, open_map
+from roadfuse_core.report._overviews import Basis, Overview, Overviews
 from roadfuse_core.settings import City
 
 __all__ = ["Picture", "map_preview", "overview_pictures"]
@@ -50,78 +52,117 @@ class Picture:
 
 def map_preview(city: City, held: bool = False) -> str:
     """The road probability of a map as a data URI, small enough for an artifact (at most 512 px)."""
-    grid, read = city.make_grid(), MapReader(city, held=held)
-    return _encode(_reduce(grid, lambda w, step: _grey(read, w, step), np.mean, PREVIEW_PX), "JPEG", quality=80)
+    grid, read, kept = city.make_grid(), MapReader(city, held=held), Overviews(city, "preview")
+    basis = Basis("", map=read.snapshot)
+    values = _reduce(grid, lambda w, step: _grey(read, w, step), np.mean, PREVIEW_PX, old=kept.find("Probability", basis))
+    kept.put("Probability", basis, values)
+    kept.save()
+    return _encode(values, "JPEG", quality=80)
 
 
 def overview_pictures(city: City) -> list[Picture]:
-    """Image, points, probability, truth, errors, and the change against the existing map, as far as the city has them."""
-    grid = city.make_grid()
-    read = MapReader(city)
-    out = []
-    if city.imagery:
-        images = ImageryReader(city.imagery, find_imagery(city), grid)
-        out.append(
-            _picture(
-                grid,
-                lambda w, step: _shown(images, w, step),
-                "Image",
-                "What the camera saw; black where there is none.",
-            )
-        )
-    if city.lidar:
-        heights = ImageryReader(city.lidar, find_imagery(city, "lidar"), grid, "lidar")
-        caption = "Low values black, high ones white; black where there are none."
-        out.append(_picture(grid, lambda w, step: _shown(heights, w, step), "Lidar", caption))
-    if city.points:
-        cube = CubeReader(cubes_path(city))
-        heat = _heat(_reduce(grid, lambda w, _: cube.window("count", *w)[None].astype(np.float32), np.max, samples=None))
-        out.append(Picture("Vehicles", "Points per pixel, dark to light on a logarithmic scale.", _encode(heat)))
-    out.append(
-        _picture(
-            grid,
-            lambda w, step: _grey(read, w, step),
-            "Probability",
-            f"Of {city.target}: black 0, white 1; blue where nothing is known.",
-        )
-    )
-    if city.truth:
-        labels = open_map(city, *city.truth, grid)
-        out.append(
-            _picture(
-                grid, lambda w, step: _truth(*_thin(step, *labels.window(*w))), "Truth", f"White: {city.target}; blue: unknown."
-            )
-        )
-        out.append(_picture(grid, lambda w, step: _errors(*_thin(step, read.window("road", *w), *labels.window(*w))), "Errors",
-                            "Green found, red claimed but not there, blue missed."))  # fmt: skip
-    if city.existing_map:
-        old = open_map(city, city.existing_map, "existing_map", grid)
-        slack_px = SLACK_M / grid.resolution_m
+    """Image, points, probability, truth, errors, and the change against the existing map, as far as the city has them.
 
-        def paint(w: Where, step: int) -> Floats:
-            return _change(slack_px / step, *_thin(step, read.window("road", *w), old.window(*w)[0]))
-
-        caption = f"Grey in both, orange new, purple perhaps gone (more than {SLACK_M:.0f} m from the other)."
-        out.append(_picture(grid, paint, "Against the existing map", caption))
+    What they were reduced from is kept in the workspace: only blocks whose map, points or files changed are read again.
+    """
+    grid, kept, out = city.make_grid(), Overviews(city, "overviews"), []
+    for one in _sketches(city):
+        values = _reduce(grid, one.paint, one.how, samples=one.samples, old=kept.find(one.title, one.basis))
+        kept.put(one.title, one.basis, values)
+        out.append(Picture(one.title, one.caption, _encode(one.finish(values))))
+    kept.save()
     return out
 
 
-def _picture(grid: Grid, paint: Paint, title: str, caption: str) -> Picture:
-    return Picture(title, caption, _encode(_reduce(grid, paint, np.mean)))
+@dataclass(frozen=True)
+class _Sketch:
+    """A picture before its pixels are made.
+
+    Attributes:
+        title: A few words.
+        caption: What the colours mean.
+        paint: Values of a pixel rectangle.
+        basis: What decides them.
+        how: How pixels become one.
+        samples: Of a picture's pixel, along each edge; None for all.
+        finish: From reduced values to colours.
+    """
+
+    title: str
+    caption: str
+    paint: Paint
+    basis: Basis
+    how: Callable[..., Floats] = np.mean
+    samples: int | None = SAMPLES
+    finish: Callable[[Floats], Floats] = lambda values: values
+
+
+def _sketches(city: City) -> Iterator[_Sketch]:
+    yield from _evidence(city)
+    read, grid = MapReader(city), city.make_grid()
+    caption = f"Of {city.target}: black 0, white 1; blue where nothing is known."
+    yield _Sketch("Probability", caption, lambda w, step: _grey(read, w, step), Basis("", map=read.snapshot))
+    if city.truth:
+        labels, fixed = open_map(city, *city.truth, grid), str(labels_digest(city))
+        yield _Sketch("Truth", f"White: {city.target}; blue: unknown.",
+                      lambda w, step: _truth(*_thin(step, *labels.window(*w))), Basis(fixed))  # fmt: skip
+        yield _Sketch("Errors", "Green found, red claimed but not there, blue missed.",
+                      lambda w, step: _errors(*_thin(step, read.window("road", *w), *labels.window(*w))),
+                      Basis(fixed, map=read.snapshot))  # fmt: skip
+    if city.existing_map:
+        old, slack_px = open_map(city, city.existing_map, "existing_map", grid), SLACK_M / grid.resolution_m
+        caption = f"Grey in both, orange new, purple perhaps gone (more than {SLACK_M:.0f} m from the other)."
+        path = city.path(city.existing_map.path)
+        fixed = f"{city.existing_map.model_dump_json()} {digest_of(path)}"
+        yield _Sketch("Against the existing map", caption,
+                      lambda w, step: _change(slack_px / step, *_thin(step, read.window("road", *w), old.window(*w)[0])),
+                      Basis(fixed, map=read.snapshot))  # fmt: skip
+
+
+def _evidence(city: City) -> Iterator[_Sketch]:
+    """Pictures of what maps are made from."""
+    grid = city.make_grid()
+    if city.imagery:
+        paths = find_imagery(city)
+        images = ImageryReader(city.imagery, paths, grid)
+        yield _Sketch("Image", "What the camera saw; black where there is none.", lambda w, step: _shown(images, w, step),
+                      Basis(f"{city.imagery.model_dump_json()} {identify(paths)}"))  # fmt: skip
+    if city.lidar:
+        paths = find_imagery(city, "lidar")
+        heights = ImageryReader(city.lidar, paths, grid, "lidar")
+        yield _Sketch("Lidar", "Low values black, high ones white; black where there are none.",
+                      lambda w, step: _shown(heights, w, step),
+                      Basis(f"{city.lidar.model_dump_json()} {identify(paths)}"))  # fmt: skip
+    if city.points:
+        cube = CubeReader(cubes_path(city))
+        yield _Sketch("Vehicles", "Points per pixel, dark to light on a logarithmic scale.",
+                      lambda w, _: cube.window("count", *w)[None].astype(np.float32), Basis("", points=cube.snapshot),
+                      np.max, None, _heat)  # fmt: skip
 
 
 def _reduce(
-    grid: Grid, paint: Paint, how: Callable[..., Floats], longest_px: int = LONGEST_PX, samples: int | None = SAMPLES
-) -> Floats:
-    """(C, h, w), at most `longest_px`: every factor² pixels, or so many samples of them, become one, by blocks."""
+    grid: Grid, paint: Paint, how: Callable[..., Floats], longest_px: int = LONGEST_PX, samples: int | None = SAMPLES,
+    old: Overview | None = None,
+) -> Floats:  # fmt: skip
+    """(C, h, w), at most `longest_px`: every factor² pixels, or so many samples of them, become one, by blocks.
+
+    Blocks without a changed tile are taken from an earlier picture.
+    """
     (height, width), rows = grid.shape, []
     factor = -(-max(height, width) // longest_px)
     step = max(1, factor // samples) if samples else 1
     cell = -(-factor // step)
     px = step * cell * max(1, BLOCK_PX // (step * cell))
+
+    def block(row: int, col: int) -> Floats:
+        h, w = min(px, height - row), min(px, width - col)
+        if old and not old.touches(grid, row, col, h, w):
+            r, c = row // (step * cell), col // (step * cell)
+            return old.values[:, r : r - (-h // (step * cell)), c : c - (-w // (step * cell))]
+        return _cells(paint((row, col, h, w), step), cell, how)
+
     for r in range(0, height, px):
-        places = [(r, c, min(px, height - r), min(px, width - c)) for c in range(0, width, px)]
-        rows.append(np.concatenate([_cells(paint(w, step), cell, how) for w in places], 2))
+        rows.append(np.concatenate([block(r, c) for c in range(0, width, px)], 2))
     return np.concatenate(rows, 1)
 
 
