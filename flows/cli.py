@@ -427,11 +427,14 @@ def _print_json(value: Any) -> None:
 
 
 def _show_refresh(result: dict[str, Any]) -> None:
+    from roadfuse_core.inference import map_key
+
     _show_scores(result["scores"])
     for reason in result["held"]:
         console.print(f"held back: {reason}", style="yellow")
     if result["held"]:
-        console.print("the map before stays published; `roadfuse release` publishes this one")
+        console.print("the map before stays published; to publish this one: roadfuse release CITY.yaml --candidate "
+                      f"{map_key(result['record'])}")  # fmt: skip
     for name, path in result["files"].items():
         console.print(f"{name:<12} {path}")
 

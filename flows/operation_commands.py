@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,18 +12,28 @@ from roadfuse_core.errors import NothingPublishedError
 from roadfuse_core.settings import load_city
 from roadfuse_core.workspace import require_workspace
 
+if TYPE_CHECKING:
+    from roadfuse_core.publication import Publication
+
 __all__ = ["app"]
 
 app = typer.Typer()
 
 
 @app.command()
-def release(city_file: CityFile) -> None:
-    """Publish the map that the gate held back."""
-    from roadfuse_core.inference import release as publish_held
+def release(
+    city_file: CityFile,
+    candidate: Annotated[
+        str | None, typer.Option(metavar="MAP", help="Only this one, as the refresh named it; by default whichever waits.")
+    ] = None,
+) -> None:
+    """Publish the map that the gate held back, with its exports and report; the gate counts from it."""
+    from roadfuse_core.publication import release as publish_held
+    from tasks.progress import ConsoleProgress
 
-    record = publish_held(load_city(city_file))
-    console.print(f"published: map made {record['made']} by {record['model']}")
+    with ConsoleProgress() as tell:
+        done = publish_held(load_city(city_file), candidate, tell)
+    _show_publication(done)
 
 
 @app.command()
@@ -32,16 +42,29 @@ def rollback(
     to: Annotated[str | None, typer.Option(metavar="TAG", help="A published map; by default the one before.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the published maps, say which, and change nothing.")] = False,
 ) -> None:
-    """Make an earlier map the published one again; the points stay as they are."""
+    """Make an earlier map the published one again, with its exports and report; the points stay as they are."""
     from roadfuse_core.inference import published
-    from roadfuse_core.inference import rollback as go_back
+    from roadfuse_core.inference import rollback as plan_rollback
+    from roadfuse_core.publication import roll_back
+    from tasks.progress import ConsoleProgress
 
     city = load_city(city_file)
     if dry_run:
         for tag, made in published(city):
             console.print(f"{tag}  {made:%Y-%m-%d %H:%M:%S} UTC")
-    tag = go_back(city, to, dry_run)
-    console.print(f"{'would publish' if dry_run else 'published'} {tag}")
+        console.print(f"would publish {plan_rollback(city, to, dry_run)}")
+        return
+    with ConsoleProgress() as tell:
+        done = roll_back(city, to, tell)
+    _show_publication(done)
+
+
+def _show_publication(done: Publication) -> None:
+    if done.resumed:
+        console.print("the last release or rollback had been interrupted; it is complete now, and nothing else was changed")
+    console.print(f"published {done.tag or 'the map'}, made {done.record['made']} by {done.record['model']}")
+    for name, path in done.files.items():
+        console.print(f"{name:<12} {path}")
 
 
 @app.command()

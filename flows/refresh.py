@@ -16,7 +16,9 @@ from pydantic import Field
 
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.errors import RoadFuseError
-from roadfuse_core.metrics import MapScores
+from roadfuse_core.inference import map_key
+from roadfuse_core.metrics import MapScores, Verdict
+from roadfuse_core.publication import outputs_lock
 from roadfuse_core.report import Stage
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.workspace import require_workspace
@@ -87,6 +89,12 @@ def refresh(
     city, watch = city_of_run(city_file), Stopwatch()
     with watch.stage("check"):
         stages.check(city_file)
+    with outputs_lock(city):
+        return _refresh(city, city_file, baseline, full, allow_incomplete, watch)
+
+
+def _refresh(city: City, city_file: Path, baseline: bool, full: bool, allow_incomplete: bool, watch: Stopwatch) -> Any:
+    """All stages behind the check."""
     with watch.stage("start workers"), open_cluster(city.cluster) as client:
         scheduler: str = client.scheduler_info(n_workers=0)["address"]
         dashboard, workers = client.dashboard_link, len(client.scheduler_info(n_workers=-1)["workers"])
@@ -96,44 +104,45 @@ def refresh(
         with watch.stage("predict"):
             record = stages.predict(city_file, scheduler, full=full, allow_incomplete=allow_incomplete, hold=True)
         held = bool(record.pop("held", False))
-        scored, reasons = _score(city, city_file, scheduler, record, held, baseline, watch)
+        scored, verdict = _score(city, city_file, scheduler, record, held, baseline, watch)
     # The workers' stage was timed around all stages that ran on them: keep its own share.
     watch.stages[:] = _own_share(watch.stages)
+    with watch.stage("export"):
+        exported = stages.export_maps(city_file)  # of the published map, also where the new one is held back
     files: dict[str, Path] = {}
-    if not reasons:
-        with watch.stage("export"):
-            files = stages.export_maps(city_file)
-        files["report"] = stages.report(city_file, scored, watch.stages, files)
-    artifacts.summarise(city_file, record, scored, watch.stages, files, reasons, workers, dashboard)
-    stages.remember(city_file, record, scored, bool(reasons), sum(s.seconds for s in watch.stages))
+    if verdict.passed:
+        files = exported | {"report": stages.report(city_file, scored, watch.stages, exported)}
+    artifacts.summarise(city_file, record, scored, watch.stages, files, verdict, workers, dashboard)
+    stages.remember(city_file, record, scored, verdict.reasons, sum(s.seconds for s in watch.stages))
     result = {
         "scores": {group: found.subsets for group, found in scored.items()},
         "files": files,
         "record": record,
-        "held": reasons,
+        "held": list(verdict.reasons),
     }
-    return _held_state(result) if reasons else result
+    return result if verdict.passed else _held_state(result)
 
 
 def _held_state(result: dict[str, Any]) -> Any:
     """An end that stands out in a list of runs."""
-    return Completed(name="Held back", message="; ".join(result["held"]) + "; `roadfuse release` publishes it", data=result)
+    how = f"`roadfuse release CITY.yaml --candidate {map_key(result['record'])}` publishes it"
+    return Completed(name="Held back", message="; ".join([*result["held"], how]), data=result)
 
 
 def _score(
     city: City, city_file: Path, scheduler: str, record: dict[str, Any], held: bool, baseline: bool, watch: Stopwatch
-) -> tuple[dict[str, MapScores], list[str]]:
+) -> tuple[dict[str, MapScores], Verdict]:
     """Score what is new, let the gate decide, and score kernel density beside what is published."""
     labelled, scored = bool(city.labels), {}
     if labelled:
         with watch.stage("score"):
             scored["map"] = stages.score(city_file, scheduler, held=held)
-    reasons: list[str] = stages.decide(city_file, record, scored) if held else []
-    if labelled and city.points and baseline and not reasons:
+    verdict: Verdict = stages.decide(city_file, scheduler, record, scored.get("map")) if held else Verdict(())
+    if labelled and city.points and baseline and verdict.passed:
         with watch.stage("kernel density"):
             stages.predict(city_file, scheduler, "baseline", stages.tune_baseline(city_file, scheduler))
             scored["baseline"] = stages.score(city_file, scheduler, "baseline")
-    return scored, reasons
+    return scored, verdict
 
 
 def _own_share(timed: list[Stage]) -> list[Stage]:

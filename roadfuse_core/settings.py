@@ -186,12 +186,27 @@ class ModelSpec(_Spec):
 
 
 class GateSpec(_Spec):
-    """What holds a new map back until a person releases it; null switches a rule off."""
+    """What holds a new map back until a person releases it; null switches a rule off.
+
+    Rules compare it with the published map; those of drift with the best since a person last released one.
+    """
 
     g_iou_drop: float | None = Field(0.03, gt=0, le=1, description="g_iou on the test tiles falls by more than this")
+    g_iou_drift: float | None = Field(
+        0.06, gt=0, le=1, description="g_iou falls by more below the highest since a person last released a map"
+    )
     coverage_drop: float | None = Field(0.05, gt=0, le=1, description="a larger share of the mapped area becomes no data")
+    coverage_drift: float | None = Field(
+        0.1, gt=0, le=1, description="a larger share is lost of the largest mapped area since a person last released a map"
+    )
+    road_change: float | None = Field(
+        0.3, gt=0, le=1, description="the share of road in the mapped area falls by more of itself, or rises as much"
+    )
+    road_drift: float | None = Field(
+        0.5, gt=0, le=1, description="the same against the map that a person released last, or the first one"
+    )
     rejected_rise: float | None = Field(
-        0.2, gt=0, le=1, description="the newest dump's rejected share exceeds the earlier ones' by more"
+        0.2, gt=0, le=1, description="a dump since the published map lost a share of its rows that is larger by more"
     )
 
 

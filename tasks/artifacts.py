@@ -19,7 +19,8 @@ from prefect.artifacts import (
 
 from roadfuse_core.cubes import ledger, read_skipped
 from roadfuse_core.errors import NothingPublishedError
-from roadfuse_core.metrics import CityScores, MapScores, describe_tiles, read_history
+from roadfuse_core.inference import map_key
+from roadfuse_core.metrics import MapScores, Verdict, describe_tiles, read_history
 from roadfuse_core.report import Stage, map_preview
 from roadfuse_core.settings import City, load_city
 
@@ -71,14 +72,14 @@ class ProgressArtifact:
 @task(name="summarise")
 def summarise(
     city_file: Path, record: dict[str, Any], scored: dict[str, MapScores], stages: list[Stage], files: dict[str, Path],
-    reasons: Sequence[str], workers: int, dashboard: str | None,
+    verdict: Verdict, workers: int, dashboard: str | None,
 ) -> None:  # fmt: skip
     """One Markdown artifact of the run, and tables of scores by tile; the run goes on where they cannot be shown."""
     city = load_city(city_file)
-    if reasons:
-        get_run_logger().warning("held back: %s", "; ".join(reasons))
+    if not verdict.passed:
+        get_run_logger().warning("held back: %s", "; ".join(verdict.reasons))
     try:
-        text = page(city, record, scored, stages, files, reasons, workers, dashboard)
+        text = page(city, record, scored, stages, files, verdict, workers, dashboard)
         create_markdown_artifact(text, key=slug(city.name, "refresh"), description=f"refresh of {city.name}")
         if rows := worst_tiles(city):
             create_table_artifact(rows, key=slug(city.name, "worst-tiles"), description="tiles with the most wrong pixels")
@@ -88,14 +89,16 @@ def summarise(
 
 def page(
     city: City, record: Mapping[str, Any], scored: Mapping[str, MapScores], stages: Sequence[Stage],
-    files: Mapping[str, Path], reasons: Sequence[str], workers: int, dashboard: str | None,
+    files: Mapping[str, Path], verdict: Verdict, workers: int, dashboard: str | None,
 ) -> str:  # fmt: skip
     """The run as Markdown: verdict, picture, scores against the last run, rows, windows, time and cost, files."""
-    held = bool(reasons)
+    held = not verdict.passed
     out = [f"# {city.name}: {'held back' if held else 'published'}"]
     if held:
-        out += ["The new map waits, readers see the one before:", *(f"- **{r}**" for r in reasons), "",
-                "Look at it, then `roadfuse release CITY.yaml` publishes it; or mend the cause and refresh again."]  # fmt: skip
+        how = f"`roadfuse release CITY.yaml --candidate {map_key(dict(record))}` publishes it"
+        out += ["The new map waits, readers see the one before:", *(f"- **{r}**" for r in verdict.reasons), "",
+                f"Look at it, then {how}; or fix the cause and refresh again."]  # fmt: skip
+    out += [f"- {note}" for note in verdict.notes]
     try:
         out += [
             "",
@@ -115,15 +118,13 @@ def page(
 def _scores(city: City, scored: Mapping[str, MapScores]) -> list[str]:
     if not scored:
         return ["No labels, no scores."]
-    last: dict[str, CityScores] = next(
-        (e["scores"] for e in reversed(read_history(city)) if e["published"] and e["scores"]), {}
-    )
+    last = next((e for e in reversed(read_history(city)) if e.published and e.scores), None)
     rows = ["## Scores", "| map | on | g_iou | last run | a_iou | F1 |", "| --- | --- | --- | --- | --- | --- |"]
     names = {"map": "this map", "baseline": "kernel density"}
     for group, found in scored.items():
         by = found.subsets
         for subset in ("test", "all"):
-            was = last.get(group, {}).get(subset, {}).get("g_iou")
+            was = last.g_iou(group, subset) if last else None
             told = "–" if was is None else f"{was:.3f} ({by[subset]['g_iou'] - was:+.3f})"
             rows.append(f"| {names.get(group, group)} | {subset} tiles | {by[subset]['g_iou']:.3f} | {told} | "
                         f"{by[subset]['a_iou']:.3f} | {by[subset]['f1']:.3f} |")  # fmt: skip

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dask.distributed import Client
 from prefect import get_run_logger, task
 
+from roadfuse_core import publication
 from roadfuse_core.check import check_refresh
 from roadfuse_core.cluster import ClusterLostError
-from roadfuse_core.cubes import SkippedFile, files_between, ingest, ledger, plan_ingest, read_skipped
-from roadfuse_core.errors import RoadFuseError
+from roadfuse_core.cubes import SkippedFile, files_between, ingest, plan_ingest, read_skipped
+from roadfuse_core.errors import NothingPublishedError, RoadFuseError
 from roadfuse_core.files import write_whole
-from roadfuse_core.inference import MapReader, export_array, infer, release, split_of_map
-from roadfuse_core.metrics import MapScores, append_history, judge, read_history, score_city, tune_kde, write_metrics
-from roadfuse_core.mosaic import write_item
+from roadfuse_core.inference import MapReader, infer, map_key, split_of_map
+from roadfuse_core.metrics import MapScores, Verdict, tune_kde
+from roadfuse_core.publication import export_published, record_run, score_map
 from roadfuse_core.report import Stage, write_report
 from roadfuse_core.settings import load_city
 from roadfuse_core.simulate import CityKnobs, simulate_city
@@ -34,7 +35,6 @@ from tasks.progress import ConsoleProgress, LogProgress, SafeProgress
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-LAYERS: tuple[tuple[str, Literal["average", "mode"]], ...] = (("probability", "average"), ("road", "mode"))
 __all__ = [
     "backfill_dumps", "check", "decide", "export_maps", "ingest_dumps", "plan_backfill", "predict", "remember", "report",
     "score", "simulate", "train", "tune_baseline", "warn_of_skipped",
@@ -109,48 +109,38 @@ def predict(
 
 @task(name="export")
 def export_maps(city_file: Path) -> dict[str, Path]:
-    """Probability and road as cloud-optimised GeoTIFF, and a STAC item beside them."""
-    city = load_city(city_file)
-    reader, grid = MapReader(city), city.make_grid()
-    out = city.workspace_path / "export"
-    files = {name: export_array(city, reader, name, how, out / f"{city.name}-{name}.tif") for name, how in LAYERS}
-    facts = {"roadfuse:model": reader.record["model_digest"], "roadfuse:cubes_snapshot": reader.record["cubes_snapshot"]}
-    item = write_item(out / f"{city.name}.json", city.name, grid, files, datetime.fromisoformat(reader.record["made"]), facts)
-    return {**files, "stac item": item}
+    """The published map as cloud-optimised GeoTIFF, with a STAC item; what shows it already stays. Nothing without a map."""
+    try:
+        return export_published(load_city(city_file))
+    except NothingPublishedError:
+        return {}
 
 
 @task(name="score")
 def score(city_file: Path, scheduler: str, group: str = "map", held: bool = False) -> MapScores:
-    """Scores against the labels; of the candidate, where it is held."""
+    """Scores against the labels; of the candidate, where it is held. Equal map, labels and points are not counted again."""
     city = load_city(city_file)
     with Client(scheduler) as client, _tell(city.name) as tell:
-        return score_city(city, group, tell, client, held)
+        return score_map(city, group, tell, client, held)
 
 
 @task(name="decide")
-def decide(city_file: Path, record: dict[str, Any], scored: dict[str, MapScores]) -> list[str]:
-    """Publish the candidate, or say why it is held back."""
+def decide(city_file: Path, scheduler: str, record: dict[str, Any], scored: MapScores | None) -> Verdict:
+    """Publish the candidate that was scored, or say why it is held back."""
     city = load_city(city_file)
-    before = next((e for e in reversed(read_history(city)) if e["published"]), None)
-    verdict = judge(
-        city, record, {k: v.subsets for k, v in scored.items()}, list(ledger(city).values()) if city.points else [], before
-    )
-    if verdict.passed:
-        release(city)
-    return list(verdict.reasons)
+    with Client(scheduler) as client, _tell(city.name) as tell:
+        verdict = publication.decide(city, map_key(record), scored, tell, client)
+    for note in verdict.notes:
+        get_run_logger().warning("gate: %s", note)
+    return verdict
 
 
 @task(name="remember")
-def remember(city_file: Path, record: dict[str, Any], scored: dict[str, MapScores], held: bool, seconds: float) -> None:
+def remember(
+    city_file: Path, record: dict[str, Any], scored: dict[str, MapScores], reasons: tuple[str, ...], seconds: float
+) -> None:
     """Add the run to the city's history."""
-    facts = {k: v for k, v in record.items() if k not in ("identity", "failed")}
-    made = datetime.now(UTC).isoformat(timespec="seconds")
-    subsets = {group: found.subsets for group, found in scored.items()}
-    entry = {"made": made, "published": not held, "record": facts, "scores": subsets, "seconds": seconds,
-             "windows_failed": len(record["failed"])}  # fmt: skip
-    city = load_city(city_file)
-    append_history(city, entry)
-    write_metrics(city, entry, list(ledger(city).values()) if city.points else [])
+    record_run(load_city(city_file), record, scored, reasons, seconds)
 
 
 @task(name="backfill dumps")

@@ -138,10 +138,13 @@ def publish(repository: icechunk.Repository, snapshot: str, base: str) -> None:
 
     Raises:
         StoreError: `main` is no longer where the work began.
+        IcechunkError: It cannot be written; `storing` says so in one line.
     """
     try:
         repository.reset_branch(MAIN, snapshot, from_snapshot_id=base)
     except icechunk.IcechunkError as error:
+        if repository.lookup_branch(MAIN) == base:
+            raise  # nobody did: the disk is full, or fails
         raise StoreError("somebody else published meanwhile; nothing was changed, run again") from error
 
 

@@ -4,7 +4,7 @@ from roadfuse_core.inference._calibrate import Calibration, calibrate, software_
 from roadfuse_core.inference._evidence import Evidence, read_evidence, readers_of
 from roadfuse_core.inference._export import export_array
 from roadfuse_core.inference._learnt import split_of_map
-from roadfuse_core.inference._map import MapReader, MapRecord, changed_map_tiles, map_key, maps_path
+from roadfuse_core.inference._map import MapReader, MapRecord, changed_map_tiles, map_key, maps_path, standing_record
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._predictor import (
     KdeModel,
@@ -17,7 +17,8 @@ from roadfuse_core.inference._predictor import (
     require_target,
     resolve_weights,
 )
-from roadfuse_core.inference._run import IncompleteError, infer, published, release, rollback
+from roadfuse_core.inference._publish import published, release, rollback, tagged_record, waiting
+from roadfuse_core.inference._run import IncompleteError, infer
 from roadfuse_core.inference._scratch import Failure
 
 __all__ = [
@@ -51,4 +52,7 @@ __all__ = [
     "rollback",
     "software_versions",
     "split_of_map",
+    "standing_record",
+    "tagged_record",
+    "waiting",
 ]

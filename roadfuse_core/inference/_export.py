@@ -40,7 +40,9 @@ def export_array(
     """
     note = city.workspace_path / "outputs" / f"{path.name}.json"
     changed = _changed(city, reader, name, path, note)
-    made = export_map(path, city.make_grid(), lambda *w: reader.window(name, *w), how, changed)
+    made = 0
+    if changed != set():
+        made = export_map(path, city.make_grid(), lambda *w: reader.window(name, *w), how, changed)
     tell(f"exporting {name}", made, made)
     facts = {"form": FORM, "array": name, "group": reader.group, "snapshot": reader.snapshot}
     write_record(note, facts | {"digest": digest_of(path)})

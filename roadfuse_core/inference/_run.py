@@ -15,8 +15,8 @@ import zarr
 from dask.distributed import Client, KilledWorker
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
-from roadfuse_core.cubes import committer_lock, open_repository, publish, storing
-from roadfuse_core.errors import NothingPublishedError, RoadFuseError, StoreError
+from roadfuse_core.cubes import committer_lock, open_repository, storing
+from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Block
 from roadfuse_core.inference._blocks import (
@@ -30,14 +30,15 @@ from roadfuse_core.inference._blocks import (
 )
 from roadfuse_core.inference._calibrate import halve_batch
 from roadfuse_core.inference._learnt import learnt_by
-from roadfuse_core.inference._map import MapReader, MapRecord, candidate, maps_path, prepare_map
+from roadfuse_core.inference._map import MapRecord, candidate, maps_path, prepare_map
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._predictor import DeviceFullError
+from roadfuse_core.inference._publish import move_main, waiting
 from roadfuse_core.inference._scratch import BlockReport, Failure
 from roadfuse_core.settings import City
 from roadfuse_core.workspace import enter_workspace
 
-__all__ = ["IncompleteError", "infer", "published", "release", "rollback"]
+__all__ = ["IncompleteError", "infer"]
 
 log = logging.getLogger(__name__)
 CHAIN_S = 10.0  # what a job takes about: blocks one after the other, where the next is read while one is computed
@@ -87,8 +88,8 @@ def infer(
             if plan.standing and plan.standing["identity"] == plan.identity and not plan.standing["failed"]:
                 log.info("%s: nothing changed since %s", group, plan.standing["made"])
                 return plan.standing | {"unchanged": True}
-            if hold and (waiting := _waiting(city, group)) and waiting["identity"] == plan.identity and not waiting["failed"]:
-                return waiting | {"held": True}
+            if hold and (held := waiting(city, group)) and held["identity"] == plan.identity and not held["failed"]:
+                return held | {"held": True}
             scratch = city.workspace_path / "scratch" / f"{group}-{plan.digest}-{plan.block_px}"
             scratch.mkdir(parents=True, exist_ok=True)
             jobs = plan.jobs(scratch)
@@ -185,9 +186,8 @@ def _publish(
     grown = _assemble(plan, group, session, jobs, client, tell)
     height, width = plan.evidence.grid.shape
     nodata, road = (plan.standing["nodata_px"], plan.standing["road_px"]) if plan.standing else (height * width, 0)
-    made = datetime.now(UTC)
     record = {
-        "digest": plan.digest, "made": made.isoformat(timespec="seconds"), "model": plan.model.path.name,
+        "digest": plan.digest, "made": datetime.now(UTC).isoformat(timespec="seconds"), "model": plan.model.path.name,
         "model_digest": plan.model.digest, "cubes_snapshot": plan.evidence.snapshot, "images": len(plan.evidence.images),
         "threshold": city.model.threshold, "window_px": plan.lattice.window_px, "stride_px": plan.lattice.stride_px,
         "precision": plan.calibration.precision, "batch": plan.calibration.batch, "windows": sum(r.windows for r in reports),
@@ -203,84 +203,8 @@ def _publish(
     if hold:
         repository.create_branch(candidate(group), snapshot)
     else:
-        _move_main(repository, group, snapshot, base, made)
+        move_main(repository, group, snapshot, base)
     return record
-
-
-def _move_main(repository: icechunk.Repository, group: str, snapshot: str, base: str, made: datetime) -> None:
-    publish(repository, snapshot, base)
-    repository.create_tag(f"{group}-{made:%Y%m%dT%H%M%S%f}", snapshot)
-
-
-def _waiting(city: City, group: str) -> MapRecord | None:
-    """The record of the candidate, if one is held back on top of what is published now."""
-    try:
-        repository = open_repository(maps_path(city))
-        if candidate(group) not in repository.list_branches():
-            return None
-        parents = [s.id for s in repository.ancestry(branch=candidate(group))]
-        stands_on = repository.lookup_branch("main") in parents
-        return MapReader(city, group, held=True).record if stands_on else None
-    except NothingPublishedError:
-        return None
-
-
-def release(city: City, group: str = "map") -> MapRecord:
-    """Publish the candidate that was held back.
-
-    Raises:
-        StoreError: None is held back, or something else was published since.
-    """
-    with committer_lock(city.workspace_path), storing(city.workspace_path):
-        record = _waiting(city, group)
-        if record is None:
-            raise StoreError(f"{maps_path(city)}: no {group} is held back on top of what is published; run `roadfuse refresh`")
-        repository = open_repository(maps_path(city))
-        snapshot, base = repository.lookup_branch(candidate(group)), repository.lookup_branch("main")
-        _move_main(repository, group, snapshot, base, datetime.now(UTC))
-        repository.delete_branch(candidate(group))
-        return record
-
-
-def published(city: City, group: str = "map") -> list[tuple[str, datetime]]:
-    """Tags of all maps that were published and are still held, the newest first, with their times (UTC)."""
-    tags = [t for t in open_repository(maps_path(city)).list_tags() if t.startswith(f"{group}-")]
-    times = [datetime.strptime(t.removeprefix(f"{group}-"), "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC) for t in tags]
-    return sorted(zip(tags, times, strict=True), key=lambda pair: pair[1], reverse=True)
-
-
-def rollback(city: City, to: str | None = None, dry_run: bool = False) -> str:
-    """Make an earlier map the published one again; the next refresh starts from it.
-
-    Args:
-        city: The city.
-        to: A tag that `published` lists; by default the one before what is published now.
-        dry_run: Say which, and change nothing.
-
-    Returns:
-        The tag.
-
-    Raises:
-        StoreError: There is no such tag, or no earlier map; or another process is writing.
-    """
-    with committer_lock(city.workspace_path), storing(city.workspace_path):
-        repository = open_repository(maps_path(city))
-        now = repository.lookup_branch("main")
-        snapshots = {tag: repository.lookup_tag(tag) for tag, _ in published(city)}
-        tags = list(snapshots)
-        to = to or _before(tags, snapshots, {s.id for s in repository.ancestry(branch="main")})
-        if to is None or to not in snapshots:
-            known = ", ".join(tags) or "none"
-            raise StoreError(f"{maps_path(city)}: has no {to or 'earlier map'} to go back to; published maps are: {known}")
-        if not dry_run and snapshots[to] != now:
-            publish(repository, snapshots[to], now)
-        return to
-
-
-def _before(tags: Sequence[str], snapshots: dict[str, str], line: set[str]) -> str | None:
-    """The newest tag behind the map that stands; what was published after it may be another group's."""
-    here = next((k for k, tag in enumerate(tags) if snapshots[tag] in line), len(tags))
-    return next((t for t in tags[here + 1 :] if snapshots[t] != snapshots[tags[here]]), None)
 
 
 def _assemble(

@@ -28,7 +28,8 @@ from roadfuse_core.metrics._confusion import Confusion, Scores, confusion, score
 from roadfuse_core.settings import City
 
 __all__ = [
-    "NEAR_M", "CityScores", "MapScores", "ScoredOn", "current_scores", "describe_tiles", "read_scores", "score_city",
+    "NEAR_M", "CityScores", "MapScores", "ScoredOn", "current_scores", "describe_tiles", "read_scores", "rescore",
+    "score_city",
 ]  # fmt: skip
 
 NEAR_M = 20.0
@@ -101,9 +102,31 @@ def score_city(
         raise ConfigError(
             f"labels.{city.target}", None, "is missing", f"name a mask or a map of {city.target} to score against"
         )
+    split = split or _split_of(city, group, MapReader(city, group, held))
+    rows, on, basis = _count(city, group, held, split, tell, client)
+    _write(_scores_path(city, group), rows, on, basis)
+    return _summarise(rows, on)
+
+
+def rescore(city: City, split: ImpliedSplit, tell: Progress = quiet, client: Client | None = None) -> MapScores:
+    """Scores of the published map on other test tiles than its own, to compare it; they are not stored.
+
+    Args:
+        city: With labels.
+        split: Which tiles are for the test.
+        tell: Progress.
+        client: Dask; None counts here.
+    """
+    rows, on, _ = _count(city, "map", False, split, tell, client)
+    return _summarise(rows, on)
+
+
+def _count(
+    city: City, group: str, held: bool, split: ImpliedSplit, tell: Progress, client: Client | None
+) -> tuple[list[Row], ScoredOn, _Basis]:
+    """Confusion counts of every tile with labels, and of what they are; counts that stand are taken from the file before."""
     scored = MapReader(city, group, held)
-    split, basis = split or _split_of(city, group, scored), _basis_of(city, scored)
-    kept = _read_counts(_scores_path(city, group))
+    basis, kept = _basis_of(city, scored), _read_counts(_scores_path(city, group))
     again = _to_count(city, group, kept[0] if kept else None, basis)
     jobs = [_ScoreJob(city, group, held, basis.points, tuple(again[k : k + TILES])) for k in range(0, len(again), TILES)]
     rows = [row for found in run_jobs(client, _count_tiles, jobs, f"scoring {group}", tell) for row in found]
@@ -111,10 +134,7 @@ def score_city(
         raise StoreError(f"{group} {scored.key} was replaced while it was scored; run again")
     stand = set(again)
     rows += [row for row in (kept[1] if kept else []) if (row["row"], row["col"]) not in stand]
-    on = _scored_on(city, scored.key, split, basis.points)
-    rows = _in_order(rows, split)
-    _write(_scores_path(city, group), rows, on, basis)
-    return _summarise(rows, on)
+    return _in_order(rows, split), _scored_on(city, scored.key, split, basis.points), basis
 
 
 def _in_order(rows: list[Row], split: ImpliedSplit) -> list[Row]:

@@ -41,7 +41,11 @@ def test_refresh_makes_everything_and_again_changes_nothing(server, small_city):
     assert "http" not in re.sub(r"data:image/webp;base64,[^\"]*", "", page).replace("<!doctype html>", "")
     assert page.count("data:image/webp") == 6
     second = refresh(city_file)
-    assert second["record"] == first["record"] | {"unchanged": True}
+    assert second["record"]["unchanged"]
+    assert {k: second["record"][k] for k in first["record"]} == first["record"]
+    item = json.loads(second["files"]["stac item"].read_text())
+    assert item["properties"]["roadfuse:map"] == MapReader(small_city).key
+    assert "3 test tiles with labels: split seed 0" in page
     assert second["scores"] == first["scores"]
     assert len(ledger(small_city)) == 1
 

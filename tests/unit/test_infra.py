@@ -13,7 +13,7 @@ import yaml
 from flows.cli import app
 from flows.server import same_origin
 from roadfuse_core.cluster import open_cluster
-from roadfuse_core.metrics import append_history, write_metrics
+from roadfuse_core.metrics import HistoryEntry, append_history, write_metrics
 from roadfuse_core.settings import ClusterSpec
 
 ROOT = Path(__file__).parents[2]
@@ -132,8 +132,7 @@ def test_every_metric_that_is_asked_for_exists(small_city):
     """Against a running scheduler and worker, and what a refresh writes."""
     pytest.importorskip("prometheus_client")
     small_city.workspace_path.mkdir()
-    entry = {"made": "2026-01-01T00:00:00+00:00", "published": True, "record": {"windows": 3}, "seconds": 1.0,
-             "scores": {"map": {"test": {"g_iou": 0.5}}}, "windows_failed": 0}  # fmt: skip
+    entry = HistoryEntry(published=True, record={"windows": 3}, seconds=1.0, scores={"map": {"test": {"g_iou": 0.5}}})
     append_history(small_city, entry)
     text = write_metrics(small_city, entry, [{"rows": 10, "rejected": {"outside": 4}}]).read_text()
     assert f'roadfuse_rows_rejected_share{{city="{small_city.name}"}} 0.4' in text
