@@ -28,6 +28,7 @@ from pyproj import CRS
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.files import replacing
 from roadfuse_core.grid import fit_projection
+from roadfuse_core.points._footer import stated_rows
 from roadfuse_core.points._text_rows import estimate_rows
 from roadfuse_core.settings import City, PointsSpec
 
@@ -441,7 +442,7 @@ def _check_parquet(city: City, file: SourceFile, opener: _Opener) -> int:
         empty = pa.types.is_null(kind)
         if key != "vehicle" and not (numeric or text or time or empty):
             raise ConfigError(f"points.columns.{key}", column, f"has type {kind} in {file.path}", "name a column of numbers")
-    return int(footer.num_rows)
+    return stated_rows(footer, file.size, [column for _, column in _points(city).columns.named()], file.label)
 
 
 def single_precision_step(city: City, files: list[SourceFile]) -> float:

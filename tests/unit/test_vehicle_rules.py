@@ -1,6 +1,5 @@
 """Vehicle rules on the ids that files hold: missing ones, of any type, in files of any size, in as many slices as there may be."""
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from flows.cli import main
+from flows.cli import app
 from roadfuse_core.cubes import CubeReader, _plan, cubes_path, ingest, ledger
+from roadfuse_core.errors import ConfigError
 from roadfuse_core.points import read_report
 from roadfuse_core.settings import City, load_city
 
@@ -183,14 +184,12 @@ def test_files_and_ids_together_name_a_vehicle(tmp_path):
     assert ingest_frames(tmp_path / "four", lacking, columns=COLUMNS | {"vehicle": ["fleet", "vid"]}).kept == 60
 
 
-def test_a_column_of_a_joint_id_that_is_absent_is_named(tmp_path, monkeypatch, capsys):
+def test_a_column_of_a_joint_id_that_is_absent_is_named(tmp_path):
     cars(1, 30).to_parquet(tmp_path / "a.parquet")
     city_of(tmp_path, columns=COLUMNS | {"vehicle": ["fleet", "vid"]})
-    monkeypatch.setattr(sys, "argv", ["roadfuse", "ingest", str(tmp_path / "work.yaml")])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    assert "points.columns.vehicle: 'fleet' is not a column of" in capsys.readouterr().err
+    refused = CliRunner().invoke(app, ["ingest", str(tmp_path / "work.yaml")]).exception
+    assert isinstance(refused, ConfigError)
+    assert "points.columns.vehicle: 'fleet' is not a column of" in str(refused)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
