@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from roadfuse_core.cubes import FIXED_POINT, find_new, ledger, other_settings, require_same_cube, sift, split_off_young
 from roadfuse_core.errors import ConfigError, DataError, RoadFuseError
-from roadfuse_core.grid import Grid, fit_projection
+from roadfuse_core.grid import Grid, fit_projection, ground_metres
 from roadfuse_core.imagery import ImageryReader, RasterKey, find_imagery
 from roadfuse_core.inference import choose_weights, load_predictor, read_facts, require_target, resolve_weights
 from roadfuse_core.labels import open_map
@@ -32,6 +33,9 @@ from roadfuse_core.settings import City, ImagerySpec, InvalidCityError, MapSpec
 __all__ = ["check_city", "check_refresh"]
 
 SAMPLE_ROWS = 50_000
+# A metre of the grid's CRS that differs from one on the ground by more is mentioned; one beyond the other bound is refused.
+TRUE_METRE = 0.02
+MIN_METRE = 0.1
 
 
 def check_city(city: City) -> list[str]:
@@ -46,7 +50,7 @@ def check_city(city: City) -> list[str]:
     Raises:
         InvalidCityError: One line for each thing that is wrong, with key, value and fix.
     """
-    return _collect(city, (_check_grid, _check_points, _check_imagery, _check_maps, _check_model))
+    return _collect(city, (_check_grid, _check_workspace, _check_points, _check_imagery, _check_maps, _check_model))
 
 
 def check_refresh(city: City) -> list[str]:
@@ -61,7 +65,7 @@ def check_refresh(city: City) -> list[str]:
     Raises:
         InvalidCityError: One line for each thing that is wrong, with key, value and fix.
     """
-    return _collect(city, (_check_grid, _check_first_points, _check_imagery, _check_maps, _check_model))
+    return _collect(city, (_check_grid, _check_workspace, _check_first_points, _check_imagery, _check_maps, _check_model))
 
 
 def _collect(city: City, parts: Sequence[Callable[[City], list[str]]]) -> list[str]:
@@ -81,9 +85,33 @@ def _check_grid(city: City) -> list[str]:
     grid = city.make_grid()
     height, width = grid.shape
     km2 = height * width * grid.resolution_m**2 / 1e6
+    across, down = ground_metres(grid.crs, grid)
+    if not (MIN_METRE < across < 1 / MIN_METRE and MIN_METRE < down < 1 / MIN_METRE):
+        raise ConfigError("grid.crs", grid.crs, f"has metres that are {across:.3g} m on the ground here",
+                          "leave it out, and the UTM zone is taken")  # fmt: skip
     bound = fit_projection(grid).error_px
-    return [f"grid: {grid.crs}, {width} × {height} px of {grid.resolution_m} m, {grid.n_tiles} tiles, {km2:.1f} km²; "
-            f"points are placed within {bound:.4f} px of PROJ"]  # fmt: skip
+    found = [f"grid: {grid.crs}, {width} × {height} px of {grid.resolution_m} m, {grid.n_tiles} tiles, {km2:.1f} km²; "
+             f"points are placed within {bound:.4f} px of PROJ"]  # fmt: skip
+    if abs(across - 1) > TRUE_METRE or abs(down - 1) > TRUE_METRE:
+        true_km2 = km2 * across * down
+        found.append(f"grid: a metre of {grid.crs} is {across:.2f} m on the ground here, and the city {true_km2:.1f} km²; "
+                     "leave grid.crs out for a UTM zone, whose metres are true")  # fmt: skip
+    return found
+
+
+def _check_workspace(city: City) -> list[str]:
+    """Whether the workspace can be made where it shall be; nothing is."""
+    path = city.workspace_path
+    try:
+        above = next(p for p in (path, *path.parents) if p.exists())
+        room, folder = os.statvfs(above), above.is_dir()
+    except (OSError, ValueError) as error:
+        raise ConfigError("workspace", city.workspace, f"cannot be a folder ({error})", "give the path of a folder") from error
+    if not folder:
+        raise ConfigError("workspace", city.workspace, f"is no folder: {above} is a file", "give the path of a folder")
+    if room.f_blocks == 0 or room.f_flag & os.ST_RDONLY or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError("workspace", city.workspace, f"cannot be written: {above} takes no files", "give a folder of yours")
+    return []
 
 
 def _check_first_points(city: City) -> list[str]:

@@ -10,6 +10,24 @@ RoadFuseError
 __all__ = ["ConfigError", "DataError", "NothingPublishedError", "RoadFuseError", "StoreError"]
 
 
+# Of a value in a message.
+SHOWN_CHARACTERS = 400
+
+
+def shorten(text: str, characters: int) -> str:
+    """A text, its middle left out where it is longer than some characters."""
+    half = characters // 2
+    return text if len(text) <= characters else f"{text[:half]} … {text[-half:]}"
+
+
+def show(value: object) -> str:
+    """A value as a message shows it."""
+    try:
+        return shorten(repr(value), SHOWN_CHARACTERS)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
 class RoadFuseError(Exception):
     """Root of the tree; `exit_code` is what the command line returns for it."""
 
@@ -29,7 +47,7 @@ class ConfigError(RoadFuseError, ValueError):
     exit_code = 2
 
     def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
-        super().__init__(f"{key}: {value!r} {problem}; {fix}")
+        super().__init__(f"{key}: {show(value)} {problem}; {fix}")
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zoneinfo import available_timezones
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pyproj import CRS
+from pyproj.exceptions import CRSError
 
-from roadfuse_core.errors import ConfigError, RoadFuseError
+from roadfuse_core.errors import SHOWN_CHARACTERS, ConfigError, RoadFuseError, shorten, show
 from roadfuse_core.grid import Bounds, Grid, make_grid
 
 __all__ = [
@@ -32,8 +35,13 @@ __all__ = [
     "describe_errors",
     "load_city",
     "parse_assignments",
+    "parse_yaml",
     "read_yaml",
 ]
+
+
+# Values of a file, its anchors followed; a city file has about a hundred.
+MAX_VALUES = 100_000
 
 
 class InvalidCityError(RoadFuseError, ValueError):
@@ -43,20 +51,47 @@ class InvalidCityError(RoadFuseError, ValueError):
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _known_crs(text: str) -> str:
+    """A CRS of positions on Earth."""
+    try:
+        crs = CRS.from_user_input(text)
+    except CRSError as error:
+        raise ValueError("give the code of a CRS, such as EPSG:32633") from error
+    if not (crs.is_projected or crs.is_geographic):
+        raise ValueError("give a CRS of positions on the ground, such as EPSG:32633")
+    return text
+
+
+def _known_zone(text: str) -> str:
+    zones = available_timezones()
+    if text not in zones:
+        near = difflib.get_close_matches(text, zones, 1)
+        raise ValueError(f"give a name such as {near[0] if near else 'Asia/Shanghai'}, or Etc/GMT-8 for eight hours east")
+    return text
+
+
+CrsName = Annotated[str, AfterValidator(_known_crs)]
+ZoneName = Annotated[str, AfterValidator(_known_zone)]
 
 
 class GridSpec(_Spec):
     """The area of the map and its pixels."""
 
     bounds: tuple[float, float, float, float] = Field(description="west, south, east, north; degrees, WGS-84")
-    crs: str | None = Field(None, description="a projected CRS in metres; by default the UTM zone of the centre")
+    crs: CrsName | None = Field(None, description="a projected CRS in metres; by default the UTM zone of the centre")
     resolution_m: float = Field(0.5, gt=0, le=100, description="pixel edge, metres")
     tile_px: Literal[64, 128, 256, 512, 1024, 2048] = Field(1024, description="tile edge, pixels")
 
     @model_validator(mode="after")
     def _ordered(self) -> GridSpec:
         west, south, east, north = self.bounds
+        if west > east and abs(west) <= 180 >= abs(east):
+            raise ValueError(
+                "bounds must have west < east; of a city on both sides of 180 degrees make two, one city file for each side"
+            )
         if not (-180 <= west < east <= 180 and -85 <= south < north <= 85):
             raise ValueError("bounds must be [west, south, east, north] in degrees with west < east and south < north")
         return self
@@ -114,6 +149,15 @@ class CleanSpec(_Spec):
         Annotated[float, Field(ge=0, le=1)],
     ] = Field({}, description="stop when a larger share of a dump's rows is rejected for a reason, such as `outside: 0.5`")
 
+    @field_validator("time_range")
+    @classmethod
+    def _forwards(cls, value: tuple[datetime, datetime] | None) -> tuple[datetime, datetime] | None:
+        if value is not None:
+            first, last = (t if t.tzinfo else t.replace(tzinfo=UTC) for t in value)
+            if first >= last:
+                raise ValueError("the first time must come before the second")
+        return value
+
 
 class PointsSpec(_Spec):
     """Trajectory dumps and how to read them."""
@@ -122,11 +166,11 @@ class PointsSpec(_Spec):
         min_length=1, description="files, folders or globs: Parquet, CSV, gz, or `archive.zip::pattern`"
     )
     columns: ColumnSpec
-    crs: str = Field("EPSG:4326", description="CRS of the positions")
+    crs: CrsName = Field("EPSG:4326", description="CRS of the positions")
     datum: Literal["wgs84", "gcj02", "bd09"] = Field("wgs84", description="gcj02 and bd09 are shifted to WGS-84 first")
     speed_unit: Literal["km/h", "m/s", "mph", "m/min", "knots"] = Field("km/h", description="unit of `speed`")
     time_unit: Literal["s", "ms"] = Field("s", description="unit of numeric times since 1970")
-    time_zone: str = Field("UTC", description="zone of times that state none")
+    time_zone: ZoneName = Field("UTC", description="zone of times that state none")
     period: Literal["day", "week", "month", "all"] = Field("month", description="time resolution of the cube")
     settle_s: float = Field(
         0, ge=0, description="files changed within so many seconds wait for a later run: more than a copy or a logger pauses"
@@ -147,9 +191,16 @@ class ImagerySpec(_Spec):
     """Aerial or satellite images, or another raster, in any CRS and resolution."""
 
     sources: tuple[str, ...] = Field(min_length=1, description="files, folders or globs of rasters on this machine")
-    crs: str | None = Field(None, description="CRS, where the files do not say (a PNG with a world file)")
+    crs: CrsName | None = Field(None, description="CRS, where the files do not say (a PNG with a world file)")
     nodata: float | None = Field(None, description="value of missing pixels where the files do not say")
     value_range: tuple[float, float] | None = Field(None, description="values shown as black and white; 0, 255 for bytes")
+
+    @field_validator("value_range")
+    @classmethod
+    def _two_values(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] == value[1]:
+            raise ValueError("black and white must be two values, such as [0, 3000]")
+        return value
 
 
 ClassName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
@@ -159,7 +210,7 @@ class MapSpec(_Spec):
     """A map of roads, or of another class: a raster mask, or lines drawn at a width."""
 
     path: str = Field(description="raster, GeoPackage, GeoJSON, GeoParquet, .osm.pbf, .osm, or a zip of vertices and edges")
-    crs: str | None = Field(None, description="CRS, where the file does not say")
+    crs: CrsName | None = Field(None, description="CRS, where the file does not say")
     layer: str | None = Field(None, description="layer of a file with several; by default the only one with lines")
     width_m: float = Field(8.0, gt=0, le=100, description="width at which lines are drawn")
     width: str | None = Field(
@@ -215,7 +266,7 @@ class ClusterSpec(_Spec):
 
     kind: str = Field("auto", pattern=r"^(auto|local|cuda|(tcp|tls|ucx)://.+)$",
                       description="auto, local, cuda, or a Dask scheduler's address")  # fmt: skip
-    workers: int | None = Field(None, ge=1, description="local processes; by default one a core or GPU")
+    workers: int | None = Field(None, ge=1, le=10_000, description="local processes; by default one a core or GPU")
     memory_gib: float | None = Field(
         None, gt=0, description="memory of one worker; by default its share of the machine, at most 2 GiB"
     )
@@ -279,17 +330,69 @@ def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
         example: Where there is one, for messages.
 
     Raises:
-        ConfigError: The file is missing or is no mapping.
+        ConfigError: The file is missing, is no YAML or no mapping, names a key twice, or grows beyond bounds by its anchors.
     """
     if not path.is_file():
-        raise ConfigError(what, str(path), "does not exist", "give its path")
+        raise ConfigError(what, str(path), "does not exist" if not path.is_dir() else "is a folder", "give the path of a file")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(what, str(path), f"is not YAML ({str(error).replace(chr(10), ' ')})", "correct it there") from error
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(what, str(path), f"cannot be read ({error.strerror})", "make it readable") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        cause = "too deep" if isinstance(error, RecursionError) else shorten(str(error).replace("\n", " "), 300)
+        raise ConfigError(what, str(path), f"is not YAML ({cause})", "correct it there") from error
     if not isinstance(raw, dict) or "root" in raw:
         raise ConfigError(what, str(path), "is not a mapping of keys", f"start from the example in {example}")
     return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are unique and whose anchors do not multiply without bound."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {}, ())
+        return self.construct_document(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and (key.tag, str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            raise yaml.constructor.ConstructorError(None, None, "a text holds NUL or half a character", node.start_mark)
+        return text
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """Values that a node stands for once its anchors are followed."""
+    if id(node) in above:
+        raise yaml.constructor.ConstructorError(None, None, "an anchor holds itself", node.start_mark)
+    if id(node) not in known:
+        inner = node.value if isinstance(node.value, list) else []
+        children = [child for one in inner for child in (one if isinstance(one, tuple) else (one,))]
+        count = 1 + sum(_count_nodes(child, known, (*above, id(node))) for child in children)
+        if count > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"it holds more than {MAX_VALUES:,} values", node.start_mark)
+        known[id(node)] = count
+    return known[id(node)]
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        YAMLError: It is not YAML, names a key twice, or holds anchors that multiply without bound.
+        ValueError: A value cannot be, such as the 30th of February.
+    """
+    return yaml.load(text, _Loader)
 
 
 def load_city(path: Path) -> City:
@@ -327,8 +430,8 @@ def parse_assignments(option: str, texts: Sequence[str], example: str) -> dict[s
         if not sign or not key or not value or key in out:
             raise ConfigError(option, text, "is not KEY=VALUE with a key of its own", f"write {example}")
         try:
-            out[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            out[key] = parse_yaml(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(option, text, "is not YAML behind the equals sign", "quote the value") from error
     return out
 
@@ -352,7 +455,7 @@ def _line(error: Any, model: type[BaseModel], within: str) -> str:
     parts = [str(p) for p in error["loc"]]
     key = ".".join(p for p in (within, *parts) if p and p != "[key]") or "file"
     kind, value = error["type"], error["input"]
-    shown = repr(value) if not isinstance(value, dict) else "{" + ", ".join(map(str, value)) + "}"
+    shown = show(value) if not isinstance(value, dict) else shorten("{" + ", ".join(map(str, value)) + "}", SHOWN_CHARACTERS)
     if kind == "extra_forbidden":
         near = _nearest(error["loc"], model)
         fix = f"did you mean {near}?" if near else f"known keys here: {', '.join(_keys_beside(parts, model))}"

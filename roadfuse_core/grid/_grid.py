@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from affine import Affine
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
+from pyproj.exceptions import CRSError
 
 from roadfuse_core.errors import ConfigError
+
+# A country at half a metre has some 10^12 pixels.
+MAX_PX = 10**13
+MAX_TILES = 4_000_000
+# How far beyond its area of use a CRS may be taken for a city.
+AREA_DEGREES = 20.0
 
 
 class Bounds(NamedTuple):
@@ -137,15 +145,51 @@ def make_grid(bounds_lonlat: Bounds, resolution_m: float = 0.5, tile_px: int = 1
         The smallest grid of whole tiles, on the CRS's lattice of tiles, that holds the box.
 
     Raises:
-        ConfigError: The CRS is not projected in metres.
+        ConfigError: The CRS is not projected in metres or has no place for the box, the grid has too many pixels, or it
+            reaches across 180 degrees.
     """
     left, bottom, right, top = bounds_lonlat
-    code = CRS(crs) if crs else CRS.utm((left + right) / 2, (bottom + top) / 2)
+    try:
+        code = CRS(crs) if crs else CRS.utm((left + right) / 2, (bottom + top) / 2)
+    except (CRSError, ValueError) as error:
+        raise ConfigError("grid.crs", crs, "is not a CRS", "name a UTM zone, such as EPSG:32634") from error
     if not code.projected or code.proj.axis_info[0].unit_name != "metre":
         raise ConfigError("grid.crs", crs, "is not a projected CRS in metres", "name a UTM zone, such as EPSG:32634")
+    if area := _other_area(code, (left + right) / 2, (bottom + top) / 2):
+        raise ConfigError("grid.crs", crs, f"is made for {area}", "leave it out, and the UTM zone is taken")
     to_grid = Transformer.from_crs("EPSG:4326", code.proj, always_xy=True)
     x0, y0, x1, y1 = to_grid.transform_bounds(left, bottom, right, top, densify_pts=51)
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ConfigError("grid.crs", str(code), "has no place for grid.bounds", "leave it out, and the UTM zone is taken")
     tile_m = resolution_m * tile_px
     left_tile, top_tile = math.floor(x0 / tile_m), math.ceil(y1 / tile_m)
     tiles_y, tiles_x = top_tile - math.floor(y0 / tile_m), math.ceil(x1 / tile_m) - left_tile
-    return Grid(str(code), resolution_m, tile_px, left_tile, top_tile, tiles_y, tiles_x)
+    if tiles_y * tiles_x > MAX_TILES or tiles_y * tiles_x * tile_px**2 > MAX_PX:
+        raise ConfigError("grid.resolution_m", resolution_m, f"makes {tiles_x * tile_px:,} × {tiles_y * tile_px:,} px in "
+                          f"{tiles_x * tiles_y:,} tiles", "choose larger pixels or tiles, or smaller bounds")  # fmt: skip
+    grid = Grid(str(code), resolution_m, tile_px, left_tile, top_tile, tiles_y, tiles_x)
+    if _crosses_180(grid):
+        raise ConfigError("grid.bounds", bounds_lonlat, f"reach across 180 degrees once they are whole tiles of {tile_m:g} m",
+                          f"end them {tile_m:g} m before it, or choose a smaller grid.tile_px")  # fmt: skip
+    return grid
+
+
+def _other_area(crs: CRS, lon: float, lat: float) -> str | None:
+    """Where a CRS is used, if that is far from a place; some project the far side of the Earth too, upside down."""
+    area = crs.proj.area_of_use
+    if area is None:
+        return None
+    middle = (area.west + (area.east + 360 * (area.east < area.west))) / 2
+    half_width = (area.east - area.west) % 360 / 2 or 180
+    away = abs((lon - middle + 180) % 360 - 180)
+    near = away <= half_width + AREA_DEGREES and area.south - AREA_DEGREES <= lat <= area.north + AREA_DEGREES
+    return None if near else str(area.name)
+
+
+def _crosses_180(grid: Grid) -> bool:
+    """Whether longitudes jump along the grid's upper or lower edge."""
+    b, steps = grid.bounds, 65
+    x = [b.left + (b.right - b.left) * k / (steps - 1) for k in range(steps)]
+    to_degrees = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True)
+    edges = [to_degrees.transform(x, [y] * steps)[0] for y in (b.bottom, b.top)]
+    return any(abs(one - other) > 180 for lons in edges for one, other in pairwise(lons))

@@ -57,7 +57,8 @@ def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
     """
     try:
         _refuse_references(path, key)
-        table = _read_table(path, spec, key)
+        with np.errstate(invalid="ignore"):  # coordinates that are no numbers are refused below
+            table = _read_table(path, spec, key)
         table = table.explode(ignore_index=True) if (table.geom_type == "GeometryCollection").any() else table
     except RoadFuseError:
         raise

@@ -12,7 +12,7 @@ from rasterio import features
 from rasterio.enums import Resampling
 
 from roadfuse_core.errors import ConfigError, DataError
-from roadfuse_core.grid import Grid
+from roadfuse_core.grid import Grid, ground_metres
 from roadfuse_core.imagery import RASTER_SUFFIXES, open_raster, read_warped
 from roadfuse_core.labels._lines import place_lines, read_lines
 from roadfuse_core.labels._widths import widths_of
@@ -23,6 +23,7 @@ __all__ = ["RoadMap", "open_map"]
 # Pictures whose values change a little where they are packed: a mask's rim would become road.
 LOSSY = (".jpg", ".jpeg", ".webp")
 PIECE_SEGMENTS = 32
+TRUE_METRE = 0.02
 
 
 class RoadMap(Protocol):
@@ -93,6 +94,12 @@ class LineMap:
         return features.rasterize(drawn, box.shape, transform=box.affine, dtype="uint8").astype(bool)  # type: ignore[attr-defined]
 
 
+def _metre(grid: Grid) -> float:
+    """Metres on the ground of one of the grid's, where it is another one, as in Web Mercator."""
+    metre = float(np.mean(ground_metres(grid.crs, grid)))
+    return metre if abs(metre - 1) > TRUE_METRE else 1.0
+
+
 def _lines_at_width(geometries: NDArray[np.object_], widths: NDArray[np.float64]) -> NDArray[np.object_]:
     """The ground that lines cover, long ones by pieces: a line that crosses itself costs the square of its vertices."""
     of_lines = shapely.get_dimensions(geometries) == 1
@@ -143,6 +150,7 @@ def open_map(city: City, spec: MapSpec, key: str, grid: Grid) -> RoadMap:
     read = read_lines(path, spec, key)
     lines, far = place_lines(read, grid.crs, key, spec)
     widths, unknown = widths_of(lines, spec, key, str(path))
+    widths = widths / _metre(grid)
     notes = [read.attrs.get("note", ""), f"{far} lie too far away to be placed" if far else "",
              f"{unknown} of {len(lines)} have no width of their own and get width_m" if unknown else ""]  # fmt: skip
     return LineMap(lines, widths, grid, "; ".join(n for n in notes if n))
