@@ -10,6 +10,7 @@ from pydantic import Field
 
 from flows.refresh import CityFile, city_of_run, refresh, run_name
 from roadfuse_core.cluster import open_cluster
+from roadfuse_core.locks import TURN, waiting_lock
 from tasks import stages
 
 __all__ = ["backfill"]
@@ -40,6 +41,7 @@ def backfill(
     city = city_of_run(city_file)
     if dry_run:
         return stages.plan_backfill(city_file, since, until, replace)
-    with open_cluster(city.cluster) as client:
+    turn = waiting_lock(city.workspace_path, TURN, f"backfill of {city.name}")
+    with turn, open_cluster(city.cluster) as client:
         entry = stages.backfill_dumps(city_file, client.scheduler_info(n_workers=0)["address"], since, until, replace)
     return {"entry": entry, "refresh": refresh(city_file) if then_refresh else None}

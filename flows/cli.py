@@ -193,8 +193,9 @@ def ingest(
     if as_json:
         _print_json(entry)
     else:
-        _show_ledger([entry] if entry else [])
-        _show_skipped(read_skipped(city) if not files else [])
+        skipped = read_skipped(city) if not files else []
+        _show_entry(entry, skipped)
+        _show_skipped(skipped)
         _show_notes(city)
     if entry is None and not files:
         _refuse_damaged(city)
@@ -203,7 +204,7 @@ def ingest(
 def _show_skipped(skipped: Sequence[SkippedFile]) -> None:
     """Files that are in no dump yet, and why."""
     for file in skipped:
-        console.print(f"left out: {file.reason}", style="yellow", markup=False)
+        console.print(f"left out: {file.reason}", style="yellow")
 
 
 def _refuse_damaged(city: City) -> None:
@@ -278,7 +279,7 @@ def backfill(
         return
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, chosen, client, tell)
-    _show_ledger([entry] if entry else [])
+    _show_entry(entry)
 
 
 @app.command()
@@ -453,6 +454,13 @@ def _show_scores(scored: dict[str, Any]) -> None:
                 table.add_row(names.get(group, group), subset.replace("_", ", "), str(by[subset]["tiles"]), *values)
     console.print(table)
     console.print("near: only pixels within 20 m of a point")
+
+
+def _show_entry(entry: dict[str, Any] | None, skipped: Sequence[SkippedFile] = ()) -> None:
+    if entry:
+        _show_ledger([entry])
+    elif not skipped:  # there were new files when the command began
+        console.print("nothing is new any more: another run ingested these files meanwhile")
 
 
 def _show_ledger(dumps: list[dict[str, Any]]) -> None:

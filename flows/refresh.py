@@ -17,8 +17,8 @@ from pydantic import Field
 from roadfuse_core.cluster import open_cluster
 from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.inference import map_key
+from roadfuse_core.locks import TURN, waiting_lock
 from roadfuse_core.metrics import MapScores, Verdict
-from roadfuse_core.publication import outputs_lock
 from roadfuse_core.report import Stage
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.workspace import require_workspace
@@ -74,8 +74,8 @@ def refresh(
 ) -> dict[str, Any]:
     """Bring a city up to date with its dumps, images and model.
 
-    Every stage is idempotent: a crashed refresh run again takes what is done. A map that fails the city's gate is held
-    back; the run ends as "Held back".
+    One run of a city at a time, whatever started it: a later one waits. Every stage is idempotent: a crashed refresh run
+    again takes what is done. A map that fails the city's gate is held back; the run ends as "Held back".
 
     Args:
         city_file: Path of city.yaml, as the worker sees it.
@@ -89,7 +89,7 @@ def refresh(
     city, watch = city_of_run(city_file), Stopwatch()
     with watch.stage("check"):
         stages.check(city_file)
-    with outputs_lock(city):
+    with waiting_lock(city.workspace_path, TURN, f"refresh of {city.name}"):
         return _refresh(city, city_file, baseline, full, allow_incomplete, watch)
 
 

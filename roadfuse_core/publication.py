@@ -17,7 +17,7 @@ import icechunk
 from dask.distributed import Client
 
 from roadfuse_core.cluster import Progress, quiet
-from roadfuse_core.cubes import LedgerEntry, committer_lock, cubes_path, ledger, open_repository, read_group, storing
+from roadfuse_core.cubes import LedgerEntry, cubes_path, ledger, open_repository, read_group, storing
 from roadfuse_core.errors import StoreError
 from roadfuse_core.files import DamagedFileError, read_record, write_record
 from roadfuse_core.inference import (
@@ -33,6 +33,7 @@ from roadfuse_core.inference import (
     waiting,
 )
 from roadfuse_core.inference import release as publish_candidate
+from roadfuse_core.locks import TURN, sole_writer
 from roadfuse_core.metrics import (
     Dumps,
     HistoryEntry,
@@ -84,12 +85,14 @@ class Publication:
 
 @contextmanager
 def outputs_lock(city: City) -> Iterator[None]:
-    """Hold the only right to write what shows the city's map: a refresh, release or rollback does from its start to its end.
+    """Hold the only right to write what shows the city's map: a release or rollback does from its start to its end.
+
+    A refresh has it too, as its turn, and waits for it.
 
     Raises:
-        StoreError: Another process holds it.
+        StoreError: Another process has it.
     """
-    with committer_lock(city.workspace_path / "outputs"):
+    with sole_writer(city.workspace_path, (TURN,), f"release or rollback of {city.name}"):
         yield
 
 

@@ -12,8 +12,9 @@ import icechunk
 
 from roadfuse_core.cubes._ingest import leftover_shards, remove_shards
 from roadfuse_core.cubes._plan import cubes_path
-from roadfuse_core.cubes._repository import MAIN, committer_lock, open_repository
+from roadfuse_core.cubes._repository import MAIN, open_repository
 from roadfuse_core.errors import StoreError
+from roadfuse_core.locks import COMMITTER, INGEST, MAP, sole_writer
 from roadfuse_core.settings import City
 from roadfuse_core.workspace import holds_anything
 
@@ -53,7 +54,7 @@ def expire(city: City, older_than: datetime, dry_run: bool = False, keep: str | 
             cannot be read.
     """
     before = older_than.replace(tzinfo=older_than.tzinfo or UTC)
-    with committer_lock(city.workspace_path):
+    with sole_writer(city.workspace_path, (INGEST, MAP, COMMITTER), f"expiry of {city.name}"):
         leftovers = _leftovers(city, before)  # by the ledger, before anything is removed
         cubes_before = min([before, *_made(city, keep)])
         done = [_expire_one(p, cubes_before if p == cubes_path(city) else before, dry_run) for p in _repositories(city)]

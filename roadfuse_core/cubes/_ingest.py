@@ -53,6 +53,7 @@ from roadfuse_core.cubes._skipped import changed_files, damaged_files, forget_re
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.files import DamagedFileError, read_record, write_record
 from roadfuse_core.grid import Grid, TileIndex
+from roadfuse_core.locks import INGEST, waiting_lock
 from roadfuse_core.points import (
     ShardFile,
     Shuffle,
@@ -98,9 +99,9 @@ def ingest(
 ) -> LedgerEntry | None:
     """Bring the new files into the cube as one dump: wholly or not at all.
 
-    Killed at any moment and run again, it takes the shards that are whole, and nothing is counted twice. Of the city's own
-    sources, files that wait, are damaged or change meanwhile are left out; `read_skipped` lists them, and a later ingest
-    takes them.
+    Killed at any moment and run again, it takes the shards that are whole, and nothing is counted twice. While another
+    process ingests into this workspace, it waits, and then finds what is still new. Of the city's own sources, files that
+    wait, are damaged or change meanwhile are left out; `read_skipped` lists them, and a later ingest takes them.
 
     Args:
         city: The city; its `points` say how to read.
@@ -116,14 +117,16 @@ def ingest(
     Raises:
         ConfigError: The settings do not fit the files, or the cube.
         DataError: A file that was named is unreadable or changes meanwhile, or no file of the sources is right.
-        StoreError: Another process is writing.
+        StoreError: The cube, its ledger or a disk cannot be read or written.
     """
     spec = city.points
     if spec is None:
         return None
     grid = city.make_grid()
-    enter_workspace(city.workspace_path)
-    with committer_lock(city.workspace_path), storing(city.workspace_path):
+    workspace = city.workspace_path
+    with committer_lock(workspace):
+        enter_workspace(workspace)
+    with waiting_lock(workspace, INGEST, f"ingest of {city.name}"), storing(workspace):
         began = time.perf_counter()
         if patterns is None:
             forget_readable(city, client, tell)
@@ -141,8 +144,7 @@ def ingest(
             "skipped": [{"label": s.label, "reason": s.reason} for s in plan.skipped],
         }  # fmt: skip
         _refuse_spoilt(entry, spec)
-        repository = open_repository(cubes_path(city), create=True)
-        snapshot = _reduce(repository, spec, grid, entry, [*reports, *outgoing], replace, client, tell)
+        snapshot = _reduce(city, spec, entry, [*reports, *outgoing], replace, client, tell)
         _keep_contributions(city)
     return entry | {"snapshot": snapshot}
 
@@ -366,16 +368,21 @@ def _refuse_spoilt(entry: LedgerEntry, spec: PointsSpec) -> None:
 
 
 def _reduce(
-    repository: icechunk.Repository, spec: PointsSpec, grid: Grid, entry: LedgerEntry,
-    reports: list[SliceReport], replace: str | None, client: Client | None, tell: Progress,
+    city: City, spec: PointsSpec, entry: LedgerEntry, reports: list[SliceReport], replace: str | None, client: Client | None,
+    tell: Progress,
 ) -> str:  # fmt: skip
-    """Add the shards to the cube on a staging branch, ledger last, then move `main` to it."""
-    base = repository.lookup_branch(MAIN)
-    if STAGING in repository.list_branches():
-        repository.delete_branch(STAGING)
-    repository.create_branch(STAGING, base)
-    names = arrays_of(spec)
-    _grow(repository, spec, grid, names, reports)
+    """Add the shards to the cube on a staging branch, ledger last, then move `main` to it.
+
+    Others may commit while blocks are written; the cube itself is nobody else's, by the lock of the ingest.
+    """
+    grid, names = city.make_grid(), arrays_of(spec)
+    with committer_lock(city.workspace_path):
+        repository = open_repository(cubes_path(city), create=True)
+        base = repository.lookup_branch(MAIN)
+        if STAGING in repository.list_branches():
+            repository.delete_branch(STAGING)
+        repository.create_branch(STAGING, base)
+        _grow(repository, spec, grid, names, reports)
     session = repository.writable_session(STAGING)
     owners = owned_blocks({tile for report in reports for tile in report.tiles})
     held = zarr.open_group(session.store, mode="r")["ledger"].attrs["dumps"]
@@ -384,14 +391,15 @@ def _reduce(
     shards = tuple(Shard(path, r.sign) for r in reports for path in r.shards)
     jobs = [BlockJob(fork, tiles, shards, grid, names, fresh) for tiles in owners]
     forks = run_jobs(client, add_block, jobs, "writing blocks", tell)
-    session.merge(*forks)
     hashes = {f["hash"] for f in entry["files"]}
     emptied = {name for name, e in held.items() if kept_nothing(e) and hashes & {f["hash"] for f in e["files"]}}
     dumps = {name: e for name, e in held.items() if name != replace and name not in emptied}
-    zarr.open_group(session.store, mode="r+")["ledger"].attrs["dumps"] = dumps | {entry["dump"]: entry}
-    snapshot = session.commit(f"dump {entry['dump']}: {entry['kept']} points")
-    publish(repository, snapshot, base)
-    repository.delete_branch(STAGING)
+    with committer_lock(city.workspace_path):
+        session.merge(*forks)
+        zarr.open_group(session.store, mode="r+")["ledger"].attrs["dumps"] = dumps | {entry["dump"]: entry}
+        snapshot = session.commit(f"dump {entry['dump']}: {entry['kept']} points")
+        publish(repository, snapshot, base)
+        repository.delete_branch(STAGING)
     return str(snapshot)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from zarr.codecs import ZstdCodec
 from roadfuse_core.cubes._render import FIXED_POINT
 from roadfuse_core.errors import NothingPublishedError, RoadFuseError, StoreError
 from roadfuse_core.grid import Grid
+from roadfuse_core.locks import COMMITTER, waiting_lock
 from roadfuse_core.workspace import expected_repositories, holds_anything, note_repository
 
 __all__ = [
@@ -91,27 +90,15 @@ def _create(path: Path) -> None:
 
 
 @contextmanager
-def committer_lock(path: Path) -> Iterator[None]:
-    """Hold the only right to write to a folder (a city's repositories, a training run); freed when the process dies.
+def committer_lock(path: Path, doing: str = "commit") -> Iterator[None]:
+    """Hold the right to commit to the repositories of a workspace; another process's commit is waited for.
 
-    Raises:
-        StoreError: Another process holds it.
+    Args:
+        path: The workspace.
+        doing: What for, as others read it who wait.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / "committer.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise StoreError(f"{path}: process {holder} is writing there; wait for it or stop it") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:  # closing alone would wait for a child that was forked meanwhile, such as a worker that just starts
-            fcntl.flock(file, fcntl.LOCK_UN)
+    with waiting_lock(path, COMMITTER, doing):
+        yield
 
 
 @contextmanager

@@ -104,6 +104,18 @@ def changed_map_tiles(city: City, group: str, since: str, now: str) -> set[TileI
     return {TileIndex(*place) for places in chunks for place in places if len(place) == 2}
 
 
+def published_snapshot(city: City) -> str | None:
+    """The snapshot that readers of maps see; None where no map was ever made.
+
+    Raises:
+        StoreError: The repository cannot be read.
+    """
+    try:
+        return str(open_repository(maps_path(city)).lookup_branch("main"))
+    except NothingPublishedError:
+        return None
+
+
 def standing_record(city: City, group: str) -> tuple[str, MapRecord] | None:
     """The newest snapshot of the repository and the group's record; None if nothing was ever published.
 

@@ -16,7 +16,7 @@ from dask.distributed import Client, KilledWorker
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
 from roadfuse_core.cubes import committer_lock, open_repository, storing
-from roadfuse_core.errors import RoadFuseError
+from roadfuse_core.errors import RoadFuseError, StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Block
 from roadfuse_core.inference._blocks import (
@@ -30,11 +30,12 @@ from roadfuse_core.inference._blocks import (
 )
 from roadfuse_core.inference._calibrate import halve_batch
 from roadfuse_core.inference._learnt import learnt_by
-from roadfuse_core.inference._map import MapRecord, candidate, maps_path, prepare_map
+from roadfuse_core.inference._map import MapRecord, candidate, maps_path, prepare_map, published_snapshot
 from roadfuse_core.inference._plan import RefreshPlan, plan_refresh
 from roadfuse_core.inference._predictor import DeviceFullError
 from roadfuse_core.inference._publish import move_main, waiting
 from roadfuse_core.inference._scratch import BlockReport, Failure
+from roadfuse_core.locks import MAP, waiting_lock
 from roadfuse_core.settings import City
 from roadfuse_core.workspace import enter_workspace
 
@@ -60,7 +61,7 @@ def infer(
     Only windows that see something new since the standing map are predicted, with those that they blend with; the result
     equals a full refresh, byte for byte. Where a batch does not fit the device any more, everything is predicted by half
     of it, so that one map is made by one size. A map whose evidence and model have not changed stands as it is. A killed run
-    goes on with the blocks it has.
+    goes on with the blocks it has. While another process predicts in this workspace, it waits.
 
     Args:
         city: The city, ingested.
@@ -79,11 +80,14 @@ def infer(
     Raises:
         ConfigError: The model cannot use what the city has.
         IncompleteError: Windows failed twice; `failures/GROUP.json` in the workspace lists them.
-        StoreError: Another process is writing.
+        StoreError: Another map was published meanwhile, or a disk cannot be read or written.
     """
-    enter_workspace(city.workspace_path)
-    with committer_lock(city.workspace_path), storing(city.workspace_path):
+    workspace = city.workspace_path
+    with committer_lock(workspace):
+        enter_workspace(workspace)
+    with waiting_lock(workspace, MAP, f"prediction of {city.name}, {group}"), storing(workspace):
         while True:
+            base = published_snapshot(city)
             plan = plan_refresh(city, weights, group, full)
             if plan.standing and plan.standing["identity"] == plan.identity and not plan.standing["failed"]:
                 log.info("%s: nothing changed since %s", group, plan.standing["made"])
@@ -101,7 +105,7 @@ def infer(
                 shutil.rmtree(scratch)
         failed = [f for report in reports for f in report.failed]
         _tell_failures(city, group, failed, allow_incomplete)
-        record = _publish(city, plan, group, jobs, reports, failed, client, tell, hold)
+        record = _publish(city, plan, base, group, jobs, reports, failed, client, tell, hold)
         shutil.rmtree(scratch, ignore_errors=True)
         return record | {"held": True} if hold else record
 
@@ -171,17 +175,23 @@ def _tell_failures(city: City, group: str, failed: Sequence[Failure], allowed: b
 
 
 def _publish(
-    city: City, plan: RefreshPlan, group: str, jobs: Sequence[BlockJob], reports: Sequence[BlockReport],
-    failed: Sequence[Failure], client: Client | None, tell: Progress, hold: bool,
+    city: City, plan: RefreshPlan, planned_on: str | None, group: str, jobs: Sequence[BlockJob],
+    reports: Sequence[BlockReport], failed: Sequence[Failure], client: Client | None, tell: Progress, hold: bool,
 ) -> MapRecord:  # fmt: skip
-    """Assemble on a staging branch; move `main` to it in one step and tag it, or leave it as a candidate."""
-    repository = open_repository(maps_path(city), create=True)
-    base = repository.lookup_branch("main")
+    """Assemble on a staging branch; move `main` to it in one step and tag it, or leave it as a candidate.
+
+    Others may commit while tiles are written, a release for instance: what was planned on another map is refused.
+    """
     staging = f"refresh-{group}"
-    if staging in repository.list_branches():
-        repository.delete_branch(staging)
-    repository.create_branch(staging, base)
-    prepare_map(repository, staging, group, plan.evidence.grid, plan.planes, anew=plan.standing is None)
+    with committer_lock(city.workspace_path):
+        repository = open_repository(maps_path(city), create=True)
+        base = repository.lookup_branch("main")
+        if planned_on not in (base, None):
+            raise StoreError(f"{maps_path(city)}: another map was published meanwhile; run again")
+        if staging in repository.list_branches():
+            repository.delete_branch(staging)
+        repository.create_branch(staging, base)
+        prepare_map(repository, staging, group, plan.evidence.grid, plan.planes, anew=plan.standing is None)
     session = repository.writable_session(staging)
     grown = _assemble(plan, group, session, jobs, client, tell)
     height, width = plan.evidence.grid.shape
@@ -195,15 +205,18 @@ def _publish(
         "nodata_px": nodata + grown[0], "road_px": road + grown[1], "failed": [[f.row, f.col, f.why] for f in failed],
         "learnt": learnt_by(plan.model, plan.evidence.grid).model_dump(mode="json"), "identity": plan.identity,
     }  # fmt: skip
-    zarr.open_group(session.store)[group].attrs["record"] = record
-    snapshot = str(session.commit(f"{group} by {plan.model.path.name}, {record['windows']} windows"))
-    repository.delete_branch(staging)
-    if candidate(group) in repository.list_branches():
-        repository.delete_branch(candidate(group))
-    if hold:
-        repository.create_branch(candidate(group), snapshot)
-    else:
-        move_main(repository, group, snapshot, base)
+    with committer_lock(city.workspace_path):
+        if repository.lookup_branch("main") != base:
+            raise StoreError(f"{maps_path(city)}: another map was published meanwhile; run again")
+        zarr.open_group(session.store)[group].attrs["record"] = record
+        snapshot = str(session.commit(f"{group} by {plan.model.path.name}, {record['windows']} windows"))
+        repository.delete_branch(staging)
+        if candidate(group) in repository.list_branches():
+            repository.delete_branch(candidate(group))
+        if hold:
+            repository.create_branch(candidate(group), snapshot)
+        else:
+            move_main(repository, group, snapshot, base)
     return record
 
 

@@ -28,9 +28,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet, telling_loss
-from roadfuse_core.cubes import committer_lock
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
 from roadfuse_core.files import write_whole
+from roadfuse_core.locks import COMMITTER, sole_writer
 from roadfuse_core.models import (
     CheckpointInfo,
     Network,
@@ -104,7 +104,7 @@ def train(
         StoreError: The folder holds another recipe's run, or another process trains in it.
         TrainingStoppedError: It was interrupted (Ctrl-C, SIGTERM).
     """
-    with committer_lock(out):
+    with sole_writer(out, (COMMITTER,), f"training of {recipe.name}"):
         _require_own(out, recipe)
         if not (out / "done.json").is_file():
             with _stops_explained(out):

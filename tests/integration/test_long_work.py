@@ -2,6 +2,10 @@
 
 import importlib
 import pkgutil
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +17,8 @@ from prefect.testing.utilities import prefect_test_harness
 
 import flows
 from flows.refresh import refresh
+from flows.watch import watch
+from roadfuse_core import locks
 from roadfuse_core.cubes import ledger
 from roadfuse_core.inference import MapReader
 from roadfuse_core.settings import load_city
@@ -38,8 +44,9 @@ def points_alone(tmp_path):
     return tmp_path / "city.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.prefect
-def test_a_refresh_whose_artifacts_all_fail_is_published(server, points_alone, monkeypatch, caplog):
+def test_a_refresh_whose_artifacts_all_fail_is_published(server, points_alone, monkeypatch):
     calls = []
 
     def fails(*arguments, **named):
@@ -56,7 +63,6 @@ def test_a_refresh_whose_artifacts_all_fail_is_published(server, points_alone, m
     assert MapReader(city).record["windows"] > 0
     assert "few-refresh" in calls
     assert "few-reading-points" in calls
-    assert "progress cannot be shown (OSError: the server is gone); the work goes on" in caplog.text
 
 
 def test_a_progress_artifact_that_somebody_deleted_is_made_again(monkeypatch):
@@ -82,6 +88,37 @@ def test_a_progress_artifact_that_somebody_deleted_is_made_again(monkeypatch):
         tell("reading points", 3, 9)
     tell("reading points", 4, 9)
     assert made == ["reading points: 1 of 9", "reading points: 4 of 9"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from roadfuse_core.locks import TURN, waiting_lock
+with waiting_lock(Path(sys.argv[1]), TURN, "refresh of few"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+def test_a_refresh_waits_for_its_turn_and_a_poll_does_not(server, points_alone, monkeypatch):
+    told = queue.Queue()
+    monkeypatch.setattr(locks.log, "warning", lambda text, *values: told.put(text % values))
+    city = load_city(points_alone)
+    command = [sys.executable, "-c", HOLD, city.workspace_path]
+    with (
+        subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert holder.stdout.readline() == "held\n"
+        assert watch(points_alone) is None
+        running = pool.submit(refresh, points_alone)
+        assert f"waiting for process {holder.pid} on " in told.get(timeout=120)
+        assert ledger(city) == {}
+        holder.communicate("\n")
+        assert running.result(timeout=200)["held"] == []
+    assert sum(e["kept"] for e in ledger(city).values()) == 900
 
 
 def test_no_flow_has_a_time_limit():

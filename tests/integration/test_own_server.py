@@ -35,6 +35,7 @@ def ask(address: str, path: str, origin: str, method: str = "GET", **headers: st
         return error.code, error.headers.get("Access-Control-Allow-Origin")
 
 
+@pytest.mark.slow
 def test_a_foreign_page_reads_nothing_and_starts_nothing(server):
     foreign = "http://evil.example"
     assert ask(server, "/admin/version", foreign) == (200, None)
@@ -45,6 +46,7 @@ def test_a_foreign_page_reads_nothing_and_starts_nothing(server):
     assert ask(server, "/csrf-token?client=x", foreign)[1] is None
 
 
+@pytest.mark.slow
 def test_its_own_page_reads(server):
     port = server.rsplit(":", 1)[1]
     for host in ("127.0.0.1", "localhost"):
@@ -52,6 +54,7 @@ def test_its_own_page_reads(server):
         assert ask(server, "/admin/version", origin) == (200, origin)
 
 
+@pytest.mark.slow
 def test_its_clients_work(server):
     with temporary_settings({PREFECT_API_URL: f"{server}/api"}), get_client(sync_client=True) as client:
         assert client.create_flow_from_name("a-flow-of-a-test")

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -170,21 +168,6 @@ def test_windows_past_the_rim_are_zero(small_city):
     assert wide.sum() == cube.window("count", 0, 0, 512, 512).sum()
 
 
-def test_a_second_committer_is_refused_and_the_lock_dies_with_its_holder(small_city):
-    code = ("import sys,time; from pathlib import Path; from roadfuse_core.cubes import committer_lock\n"
-            "with committer_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")  # fmt: skip
-    holder = subprocess.Popen([sys.executable, "-c", code, str(small_city.workspace_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline().strip() == "held"
-        with pytest.raises(StoreError, match=f"process {holder.pid} is writing"):
-            ingest(small_city)
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-    assert ingest(small_city)
-
-
 def test_a_changed_file_is_refused(small_city):
     table = pq.read_table(small_city.root / "dumps/2026-03-29.parquet")
     pq.write_table(table, small_city.root / "extra.parquet")
@@ -275,11 +258,6 @@ def test_readers_open_it_with_xarray(small_city):
     grid = small_city.make_grid()
     assert float(data.x[0]) == grid.bounds.left + grid.resolution_m / 2
     assert float(data.y[0]) == grid.bounds.top - grid.resolution_m / 2
-
-
-def test_the_lock_names_the_folder(tmp_path: Path):
-    with committer_lock(tmp_path), pytest.raises(StoreError, match="is writing"), committer_lock(tmp_path):
-        pass
 
 
 def test_chunks_are_those_of_zarr(tmp_path):

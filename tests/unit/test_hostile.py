@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from roadfuse_core.cubes import CubeReader, committer_lock, cubes_path, expire, ingest, ledger, open_repository, snapshots
+from roadfuse_core.cubes import CubeReader, cubes_path, expire, ingest, ledger, open_repository, snapshots
 from roadfuse_core.errors import DataError, RoadFuseError, StoreError
+from roadfuse_core.locks import COMMITTER, INGEST, MAP, waiting_lock
 from roadfuse_core.settings import City, load_city
 
 
@@ -235,8 +236,9 @@ def test_expiry_keeps_what_the_map_was_made_of(city):
 def test_expiry_during_an_ingest_is_refused_and_destroys_nothing(city):
     ingest(city)
     before = state(city)
-    with committer_lock(city.workspace_path), pytest.raises(StoreError, match="is writing"):
-        expire(city, age(city))
+    for name in (INGEST, MAP, COMMITTER):
+        with waiting_lock(city.workspace_path, name, "a test"), pytest.raises(StoreError, match="is writing"):
+            expire(city, age(city))
     code = (
         f"from pathlib import Path; from roadfuse_core.settings import load_city; from roadfuse_core.cubes import ingest; "
         f"ingest(load_city(Path({str(city.root / 'city.yaml')!r})), ['big.parquet'], tell=lambda *_: print('on', flush=True))"

@@ -102,6 +102,7 @@ def test_the_wheel_asks_for_ranges_and_the_constraints_lie_within(wheel):
         assert requirement.specifier.contains(version), str(requirement)
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_is_imported_from_an_empty_folder(wheel, tmp_path):
     target, empty = tmp_path / "target", tmp_path / "empty"
     empty.mkdir()

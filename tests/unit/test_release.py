@@ -302,8 +302,8 @@ with outputs_lock(load_city(Path({str(city.root / "city.yaml")!r}))):
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"on\n"
         for command in ("release", "rollback"):
-            assert f"process {other.pid} is writing there" in run(command, city, code=4)
-        with pytest.raises(StoreError, match=f"process {other.pid} is writing there"):
+            assert re.search(rf"process {other.pid} on \S+ \(.*\) is writing there", run(command, city, code=4))
+        with pytest.raises(StoreError, match=rf"process {other.pid} on \S+ \(.*\) is writing there"):
             refresh(city)
         other.communicate(b"\n")
     refresh(city)

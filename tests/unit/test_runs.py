@@ -26,11 +26,11 @@ from typer.testing import CliRunner
 from flows.cli import app
 from roadfuse_core import training
 from roadfuse_core.cluster import ClusterLostError
-from roadfuse_core.cubes import committer_lock
 from roadfuse_core.errors import ConfigError, DataError, StoreError
 from roadfuse_core.imagery import ImageryReader, find_imagery
 from roadfuse_core.inference import MapReader, infer
 from roadfuse_core.labels import lanes_of, open_map, read_lines
+from roadfuse_core.locks import COMMITTER, sole_writer
 from roadfuse_core.metrics import score_city
 from roadfuse_core.models import load_checkpoint
 from roadfuse_core.settings import ClusterSpec, MapSpec, ModelSpec, load_city
@@ -170,7 +170,8 @@ def test_a_run_learns_and_its_checkpoint_makes_a_map(city, recipe, tmp_path):
     assert again == done, "a finished run is not run again"
     with pytest.raises(StoreError, match="another recipe"):
         train(recipe(seed=5), tmp_path / "run")
-    with committer_lock(tmp_path / "run"), pytest.raises(StoreError, match=f"process {os.getpid()} is writing there"):
+    writing = rf"process {os.getpid()} on \S+ \(training of tiny, since .*\) is writing there"
+    with sole_writer(tmp_path / "run", (COMMITTER,), "training of tiny"), pytest.raises(StoreError, match=writing):
         train(made, tmp_path / "run")
 
 
