@@ -9,7 +9,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.refresh import CityFile, city_of_run, refresh, run_name
-from roadfuse_core.cluster import open_cluster
+from roadfuse_core.cluster import on_cores, open_cluster
 from roadfuse_core.locks import TURN, waiting_lock
 from tasks import stages
 
@@ -42,6 +42,6 @@ def backfill(
     if dry_run:
         return stages.plan_backfill(city_file, since, until, replace)
     turn = waiting_lock(city.workspace_path, TURN, f"backfill of {city.name}")
-    with turn, open_cluster(city.cluster) as client:
+    with turn, open_cluster(on_cores(city).cluster) as client:
         entry = stages.backfill_dumps(city_file, client.scheduler_info(n_workers=0)["address"], since, until, replace)
     return {"entry": entry, "refresh": refresh(city_file) if then_refresh else None}

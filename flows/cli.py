@@ -175,7 +175,7 @@ def ingest(
     as_json: AsJson = False,
 ) -> None:
     """Bring new dumps into the cube, wholly or not at all."""
-    from roadfuse_core.cluster import open_cluster
+    from roadfuse_core.cluster import on_cores, open_cluster
     from roadfuse_core.cubes import ingest as ingest_dumps
     from roadfuse_core.cubes import plan_ingest, read_skipped
     from tasks.progress import ConsoleProgress
@@ -188,6 +188,7 @@ def ingest(
             ingest_dumps(city, replace=replace)  # writes down what is left out
             _refuse_damaged(city)
         return
+    city = on_cores(city)
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, files, client, tell, replace, quarantine)
     if as_json:
@@ -262,7 +263,7 @@ def backfill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and stop.")] = False,
 ) -> None:
     """Bring new files that hold times of a range into the cube, as one dump; files are taken whole."""
-    from roadfuse_core.cluster import open_cluster
+    from roadfuse_core.cluster import on_cores, open_cluster
     from roadfuse_core.cubes import files_between, plan_ingest
     from roadfuse_core.cubes import ingest as ingest_dumps
     from tasks.progress import ConsoleProgress
@@ -277,6 +278,7 @@ def backfill(
     if dry_run:
         _show_plan(city, plan_ingest(city, chosen), False)
         return
+    city = on_cores(city)
     with open_cluster(city.cluster) as client, ConsoleProgress() as tell:
         entry = ingest_dumps(city, chosen, client, tell)
     _show_entry(entry)

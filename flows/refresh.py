@@ -14,7 +14,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from roadfuse_core.cluster import open_cluster
+from roadfuse_core.cluster import open_cluster, open_cores
 from roadfuse_core.errors import RoadFuseError
 from roadfuse_core.inference import map_key
 from roadfuse_core.locks import TURN, waiting_lock
@@ -95,16 +95,16 @@ def refresh(
 
 def _refresh(city: City, city_file: Path, baseline: bool, full: bool, allow_incomplete: bool, watch: Stopwatch) -> Any:
     """All stages behind the check."""
-    with watch.stage("start workers"), open_cluster(city.cluster) as client:
-        scheduler: str = client.scheduler_info(n_workers=0)["address"]
+    with watch.stage("start workers"), open_cluster(city.cluster) as client, open_cores(city, client) as cores:
+        scheduler, of_cores = (str(one.scheduler_info(n_workers=0)["address"]) for one in (client, cores))
         dashboard, workers = client.dashboard_link, len(client.scheduler_info(n_workers=-1)["workers"])
         if city.points:
             with watch.stage("ingest dumps"):
-                stages.ingest_dumps(city_file, scheduler)
+                stages.ingest_dumps(city_file, of_cores)
         with watch.stage("predict"):
             record = stages.predict(city_file, scheduler, full=full, allow_incomplete=allow_incomplete, hold=True)
         held = bool(record.pop("held", False))
-        scored, verdict = _score(city, city_file, scheduler, record, held, baseline, watch)
+        scored, verdict = _score(city, city_file, of_cores, record, held, baseline, watch)
     # The workers' stage was timed around all stages that ran on them: keep its own share.
     watch.stages[:] = _own_share(watch.stages)
     with watch.stage("export"):

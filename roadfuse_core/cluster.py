@@ -19,7 +19,7 @@ from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
 
 from roadfuse_core.errors import ConfigError, RoadFuseError
-from roadfuse_core.settings import ClusterSpec
+from roadfuse_core.settings import City, ClusterSpec
 
 __all__ = [
     "ClusterLostError",
@@ -28,7 +28,9 @@ __all__ = [
     "count_workers",
     "default_ranks",
     "gpu_names",
+    "on_cores",
     "open_cluster",
+    "open_cores",
     "quiet",
     "run_jobs",
     "telling_loss",
@@ -112,6 +114,35 @@ def count_workers(spec: ClusterSpec) -> int:
     if "://" in spec.kind:
         return 1
     return spec.workers or (count_gpus() if spec.kind in ("auto", "cuda") else 0) or os.cpu_count() or 1
+
+
+def on_cores(city: City) -> City:
+    """The city for work that no GPU helps: one process a core of this machine, where its own cluster is one a GPU.
+
+    Ingests, scores and tuning would otherwise keep as many cores busy as there are GPUs.
+    """
+    spec = city.cluster
+    elsewhere = "://" in spec.kind or (spec.kind == "auto" and dask.config.get("scheduler-address", None))
+    if elsewhere or spec.kind == "local" or not count_gpus():
+        return city
+    # Number and memory of workers are those of workers with a GPU.
+    return city.model_copy(update={"cluster": ClusterSpec(kind="local")})
+
+
+@contextmanager
+def open_cores(city: City, client: Client) -> Iterator[Client]:
+    """A client of workers for what no GPU helps: of a cluster of its own beside one of GPUs, else the client itself.
+
+    Args:
+        city: The city.
+        client: Of the city's own cluster.
+    """
+    cores = on_cores(city)
+    if cores is city:
+        yield client
+        return
+    with open_cluster(cores.cluster) as own:
+        yield own
 
 
 def threads_of_worker(spec: ClusterSpec) -> int:

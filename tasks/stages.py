@@ -17,7 +17,7 @@ from prefect import get_run_logger, task
 
 from roadfuse_core import publication
 from roadfuse_core.check import check_refresh
-from roadfuse_core.cluster import ClusterLostError
+from roadfuse_core.cluster import ClusterLostError, on_cores
 from roadfuse_core.cubes import SkippedFile, files_between, ingest, plan_ingest, read_skipped
 from roadfuse_core.errors import NothingPublishedError, RoadFuseError
 from roadfuse_core.files import write_whole
@@ -68,7 +68,7 @@ def check(city_file: Path) -> list[str]:
 @task(name="ingest dumps")
 def ingest_dumps(city_file: Path, scheduler: str) -> dict[str, Any] | None:
     """Bring new dumps into the cube; the ledger entry without its file list, or None."""
-    city = load_city(city_file)
+    city = on_cores(load_city(city_file))
     with Client(scheduler) as client, _tell(city.name) as tell:
         entry = ingest(city, client=client, tell=tell)
     warn_of_skipped(read_skipped(city))
@@ -103,6 +103,8 @@ def predict(
 ) -> dict[str, Any]:  # fmt: skip
     """Predict what changed and publish the map; returns its record."""
     city = load_city(city_file)
+    if group == "baseline":  # kernel density, which no GPU helps
+        city = on_cores(city)
     with Client(scheduler) as client, _tell(f"{city.name}-{group}") as tell:
         return infer(city, str(weights) if weights else None, group, client, tell, full, allow_incomplete, hold)
 
@@ -148,7 +150,7 @@ def backfill_dumps(
     city_file: Path, scheduler: str, since: datetime | None, until: datetime | None, replace: str | None
 ) -> dict[str, Any] | None:
     """Bring new files that hold times of a range into the cube as one dump; the ledger entry, or None."""
-    city = load_city(city_file)
+    city = on_cores(load_city(city_file))
     chosen = None
     if since and until:
         chosen = files_between(city, plan_ingest(city, None, replace), since, until)

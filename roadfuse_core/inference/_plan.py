@@ -152,7 +152,7 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
         base = other[0]
     coverage = whole(grid, lattice, possible) if kept is None else _around(kept, possible, lattice)
     block_px, workers = BLOCK_PX, count_workers(city.cluster)
-    if count_gpus():
+    if _on_gpus(city):
         block_px = choose_block_px(grid, lattice, coverage.windows, calibration.batch, workers, GPU_BLOCK_PX)
     windows = int(coverage.windows.sum())
     return RefreshPlan(
@@ -163,6 +163,11 @@ def plan_refresh(city: City, weights: str | None = None, group: str = "map", ful
         seconds=windows * calibration.window_s / workers, identity=identity,
         threads=threads_of_worker(city.cluster),
     )  # fmt: skip
+
+
+def _on_gpus(city: City) -> bool:
+    """Whether the city's workers have a GPU each, as far as this machine's are concerned."""
+    return city.cluster.kind != "local" and count_gpus() > 0
 
 
 def _require_fit(city: City, predictor: PredictorFacts, evidence: Evidence) -> None:
@@ -317,7 +322,7 @@ def _memory(
         + 6 * (len(predictor.planes) + 1)
     )
     need = PROCESS_BYTES + 2 * side * side * pixel + calibration.network_bytes
-    limit = worker_memory(city) if not count_gpus() else 64 * GIB
+    limit = 64 * GIB if _on_gpus(city) else worker_memory(city)
     if need > limit:
         problem = f"is less than the {need / GIB:.2f} GiB that a worker needs"
         fix = "give it more, take fewer workers, or lower model.batch"

@@ -15,20 +15,26 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import geopandas as gpd
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import shapely
 import torch
 import yaml
+from dask.distributed import Client
 from pyproj import Transformer
 
 from roadfuse_core.cluster import ALLOCATOR, open_cluster
 from roadfuse_core.cubes import ingest
+from roadfuse_core.files import write_whole
 from roadfuse_core.grid import Lattice
-from roadfuse_core.inference import infer, load_predictor, plan_refresh
-from roadfuse_core.metrics import score_city
+from roadfuse_core.inference import MapReader, export_array, infer, load_predictor, plan_refresh
+from roadfuse_core.metrics import score_city, tune_kde
 from roadfuse_core.models import CheckpointInfo, build_network, load_checkpoint, preset, save_checkpoint
+from roadfuse_core.report import map_preview, write_report
 from roadfuse_core.settings import City, ClusterSpec, load_city
 from roadfuse_core.simulate import CityKnobs, simulate_city
 from tests.benchmarks.points import peak_mib
@@ -160,23 +166,68 @@ def convolution(dtype: torch.dtype) -> float:
 
 
 def show_change(folder: Path, tiles: int = 1600) -> None:
-    """A dump that touches one per cent of the tiles, in one place."""
-    city = points_city(folder / "wide", tiles)
+    """A dump that touches one per cent of the tiles, in one place: all stages of a refresh against all stages of a full one."""
+    city = with_streets(points_city(folder / "wide", tiles))
     plan_refresh(city)  # calibrates
     grid, rng, side = city.make_grid(), np.random.default_rng(1), round((tiles / 100) ** 0.5) * 512.0
     east, north = (rng.uniform(at, at + side, 2000) for at in (grid.bounds.left + 2048, grid.bounds.top - 2048 - side))
     lon, lat = Transformer.from_crs(grid.crs, 4326, always_xy=True).transform(east, north)
-    pq.write_table(pa.table({"lon": lon, "lat": lat}), city.root / "new.parquet")
     with open_cluster(ClusterSpec(workers=2)) as client:
+        whole = refresh_stages(city, client, full=True)
+        pq.write_table(pa.table({"lon": lon, "lat": lat}), city.root / "new.parquet")
+        part = refresh_stages(city, client, full=False)
+    print(
+        f"1 % of {grid.n_tiles} tiles changed: {part['windows'] / whole['windows']:.1%} of {whole['windows']:,.0f} windows (target 3 %)"
+    )
+    seconds = {name: (part[name], whole[name]) for name in whole if name != "windows"}
+    for name, (some, every) in seconds.items():
+        print(f"  {name:<16} {some:7.1f} s of {every:7.1f} s: {some / every:.1%}")
+    some, every = (sum(column) for column in zip(*seconds.values(), strict=True))
+    print(f"  all stages       {some:7.1f} s of {every:7.1f} s: {some / every:.1%} (target 5 %)")
+
+
+def refresh_stages(city: City, client: Client, full: bool) -> dict[str, float]:
+    """Seconds of each stage of a refresh without Prefect, and the windows predicted."""
+    out: dict[str, float] = {}
+    if full:  # nothing is known from before
+        for kept in ("scores", "outputs", "export"):
+            shutil.rmtree(city.workspace_path / kept, ignore_errors=True)
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
-        first = infer(city, client=client, full=True)
-        whole = time.perf_counter() - began
-        ingest(city, ["new.parquet"], client=client)
-        began = time.perf_counter()
-        second = infer(city, client=client)
-        part = time.perf_counter() - began
-    print(f"1 % of {grid.n_tiles} tiles changed: {second['windows'] / first['windows']:.1%} of {first['windows']:,} windows (target 3 %), "
-          f"{part / whole:.1%} of {whole:.0f} s")  # fmt: skip
+        made = work()
+        out[name] = time.perf_counter() - began
+        return made
+
+    def density() -> None:
+        model = tune_kde(city, client=client)
+        path = write_whole(city.workspace_path / "kde.json", model.model_dump_json())
+        infer(city, str(path), "baseline", client, full=full)
+        score_city(city, "baseline", client=client)
+
+    def export() -> None:
+        reader = MapReader(city)
+        for name, how in (("probability", "average"), ("road", "mode")):
+            export_array(city, reader, name, how, city.workspace_path / f"export/{name}.tif")
+
+    timed("ingest", lambda: ingest(city, None if full else ["new.parquet"], client=client))
+    out["windows"] = timed("predict", lambda: infer(city, client=client, full=full))["windows"]
+    timed("score", lambda: score_city(city, client=client))
+    timed("kernel density", density)
+    timed("export", export)
+    timed("report", lambda: (write_report(city, {}, [], {}), map_preview(city)))
+    return out
+
+
+def with_streets(city: City) -> City:
+    """The city with labels: straight streets every 250 m."""
+    b = city.make_grid().bounds
+    across = [shapely.LineString([(b.left, y), (b.right, y)]) for y in np.arange(b.bottom + 50, b.top, 250)]
+    along = [shapely.LineString([(x, b.bottom), (x, b.top)]) for x in np.arange(b.left + 50, b.right, 250)]
+    gpd.GeoDataFrame(geometry=across + along, crs=city.make_grid().crs).to_file(city.root / "streets.gpkg")
+    raw = yaml.safe_load((city.root / "city.yaml").read_text()) | {"labels": {"roads": "streets.gpkg"}}
+    (city.root / "city.yaml").write_text(yaml.safe_dump(raw))
+    return load_city(city.root / "city.yaml")
 
 
 def points_city(folder: Path, tiles: int) -> City:
