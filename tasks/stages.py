@@ -158,6 +158,7 @@ def backfill_dumps(
             return None
     with Client(scheduler) as client, _tell(city.name) as tell:
         entry = ingest(city, chosen, client, tell, replace)
+    warn_of_skipped(read_skipped(city))
     return {k: v for k, v in entry.items() if k != "files"} if entry else None
 
 

@@ -177,6 +177,8 @@ def _read(
         try:
             reports = _map(reading, plan)
             left = changed_files(plan.sources)
+            if left:  # its shards have the name of other content
+                _clear(reading.folder(plan))
         except DataError:
             left = [] if named else damaged_files(reading.city, plan.sources, reading.client, reading.tell)
             if not left:
@@ -200,8 +202,8 @@ def _map(reading: _Reading, plan: IngestPlan) -> list[SliceReport]:
 
 def _digest(spec: PointsSpec, grid: Grid) -> str:
     """Names the settings and the code that decide a shard's content, so that shards of others are never taken."""
-    settings = spec.model_dump(mode="json", exclude={"sources", "settle_s"})
-    text = json.dumps(["samples", settings, grid.__dict__, _software()], sort_keys=True)
+    settings = read_settings(spec)
+    text = json.dumps(["samples", settings, spec.period, grid.__dict__, _software()], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
@@ -212,6 +214,12 @@ def _software() -> list[str]:
     sources = [p for room in rooms for p in sorted(room.glob("*.py"))]
     ours = hashlib.blake2b(b"\0".join(p.read_bytes() for p in sources), digest_size=16).hexdigest()
     return [ours, duckdb.__version__, numba.__version__, np.__version__, pa.__version__, pyproj.proj_version_str]
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an ingest wrote into a dump's folder."""
+    if folder.is_dir():
+        remove_shards([p for p in folder.iterdir() if _is_ours(p)])
 
 
 def _resume(city: City, plan: IngestPlan, folder: Path) -> IngestPlan:
@@ -226,8 +234,7 @@ def _resume(city: City, plan: IngestPlan, folder: Path) -> IngestPlan:
         begun = 0
     if 0 < begun <= most_rows_per_slice(city):
         return plan.cut_by(begun)
-    if folder.is_dir():
-        remove_shards([p for p in folder.iterdir() if _is_ours(p)])
+    _clear(folder)
     write_record(record, {"rows_per_slice": plan.rows_per_slice})
     return plan
 

@@ -198,7 +198,7 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
     found, archived = _find(city, patterns, every.values())
     known_files, files = _split(found, versions, held)
     known = [f.label for f in known_files]
-    looked, skipped = _look(city, files, versions, bool(known)) if patterns is None else (_strictly(city, files, versions), [])
+    looked, skipped = _look(city, files, versions, bool(every)) if patterns is None else (_strictly(city, files, versions), [])
     new: dict[str, dict[str, Any]] = {}
     copies: list[str] = []
     for f in looked:
@@ -241,7 +241,7 @@ def _strictly(city: City, files: list[SourceFile], versions: Mapping[tuple[str, 
 
 
 def _look(
-    city: City, files: list[SourceFile], versions: Mapping[tuple[str, str], str], others_known: bool
+    city: City, files: list[SourceFile], versions: Mapping[tuple[str, str], str], dumps_stored: bool
 ) -> tuple[list[dict[str, Any]], list[SkippedFile]]:
     """Identities and rows of the files that are right, and the others.
 
@@ -252,7 +252,7 @@ def _look(
     old, young = split_off_young(city, files)
     counted, damaged = sift(old, lambda some: check_columns(city, some))
     identified, unreadable = sift([f for f, _ in counted], lambda some: identify(some, versions))
-    if damaged and not counted and not others_known:
+    if damaged and not counted and not dumps_stored:
         _strictly(city, old, versions)
     rows = {file: n for file, n in counted}
     return [f | {"rows": rows[file]} for file, f in identified], [*young, *damaged, *unreadable]

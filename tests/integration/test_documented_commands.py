@@ -39,6 +39,7 @@ LIFE: list[tuple[str, int]] = [
     ("roadfuse ingest city.yaml --dry-run", 0),
     ("roadfuse backfill city.yaml --from 2026-03-01 --to 2026-04-01 --dry-run", 0),
     ("roadfuse ingest CITY.yaml", 0),
+    ("roadfuse ingest city.yaml --replace DUMP", 0),  # of these files with these settings: it stays as it is
     ("roadfuse refresh city.yaml --plan", 0),
     ("roadfuse refresh --plan", 0),
     ("roadfuse refresh city.yaml", 0),

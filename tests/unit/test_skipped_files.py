@@ -153,6 +153,8 @@ def test_a_file_that_was_named_and_changes_while_it_is_read_is_refused(city):
     with pytest.raises(DataError, match=r"log\.csv changed while it was read"):
         ingest(city, ["log.csv"], tell=growing(city.root / "log.csv"))
     assert state(city) == before
+    (city.root / "log.csv").write_bytes(ROW)
+    assert ingest(city, ["log.csv"])["rows"] == 1, "what was read of the longer one is not taken"
 
 
 def test_a_file_that_changed_after_it_was_ingested_does_not_stop_the_others(city):
