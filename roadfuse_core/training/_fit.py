@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
 import shutil
 import signal
 import socket
@@ -316,16 +317,31 @@ def _run_stage(
         with warnings.catch_warnings():
             # Lightning's advice (workers, intervals of its log) is not for those who start a refresh.
             warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer),
-                        ckpt_path=state if state.is_file() else None, weights_only=False)  # fmt: skip
+            with _numbers_alone(state):
+                trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer),
+                            ckpt_path=state if state.is_file() else None, weights_only=True)  # fmt: skip
         epochs = trainer.current_epoch
         if not rank.number:
             write_whole(done, json.dumps(epochs))
     else:
         epochs = json.loads(done.read_text())
-    held = torch.load(weights, map_location="cpu", weights_only=False)
+    with _numbers_alone(weights):
+        held = torch.load(weights, map_location="cpu", weights_only=True)
     module.load_state_dict(held["state_dict"])
     return held["score"], epochs
+
+
+@contextmanager
+def _numbers_alone(path: Path) -> Iterator[None]:
+    """A state is read without running what it may hold: whoever can write into a run's folder runs nothing by it.
+
+    Raises:
+        StoreError: It holds something else than numbers and text.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise StoreError(f"{path}: holds more than numbers and is no state of a training; remove it, train again") from error
 
 
 def _loaders(
