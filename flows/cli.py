@@ -18,7 +18,7 @@ from rich.text import Text
 
 from flows import operation_commands, training_commands
 from flows.console import CityFile, console, prepare_prefect
-from roadfuse_core.errors import ConfigError, DataError, NothingPublishedError, RoadFuseError, StoreError
+from roadfuse_core.errors import ConfigError, DataError, NothingPublishedError, RoadFuseError, StoreError, printable
 from roadfuse_core.settings import City, load_city, parse_assignments
 
 if TYPE_CHECKING:
@@ -270,8 +270,8 @@ def backfill(
 
     city = load_city(city_file)
     chosen = files_between(city, plan_ingest(city), since, until)
-    for label in chosen:
-        console.print(label)
+    for file in chosen:
+        console.print(printable(file.label), markup=False)
     console.print(f"{len(chosen)} new files hold times in the range")
     if not chosen:
         return
@@ -472,6 +472,8 @@ def _show_ledger(dumps: list[dict[str, Any]]) -> None:
         table.add_row(d["dump"], str(len(d["files"])), *(d["time"] or ("–", "–")), f"{d['rows']:,}", f"{d['kept']:,}", why)
     console.print(table if dumps else "no dumps yet")
     for d in dumps:
+        for warning in d.get("time_warnings", []):
+            console.print(f"[yellow]dump {d['dump']}: {warning}[/]")
         if found := d["speed_break"]:
             ratio = f"{found['before']:g} before {found['day']} and {found['after']:g} from then on"
             advice = f"speeds are likely in {found['likely_unit']}; ingest the two parts with a speed_unit each"

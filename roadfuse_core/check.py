@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from roadfuse_core.cubes import FIXED_POINT, find_new, ledger, other_settings, require_same_cube, sift, split_off_young
-from roadfuse_core.errors import ConfigError, DataError, RoadFuseError
+from roadfuse_core.errors import ConfigError, DataError, RoadFuseError, printable
 from roadfuse_core.grid import Grid, fit_projection, ground_metres
 from roadfuse_core.imagery import ImageryReader, RasterKey, find_imagery
 from roadfuse_core.inference import choose_weights, load_predictor, read_facts, require_target, resolve_weights
@@ -18,13 +18,17 @@ from roadfuse_core.labels import open_map
 from roadfuse_core.points import (
     Part,
     Reason,
+    Rows,
     SourceFile,
     arrays_of,
     check_columns,
+    count_suspects,
+    describe_suspects,
     empty_files,
     judge_rows,
     materialise,
     read_rows,
+    rolled_over_us,
     shift_datum,
     single_precision_step,
 )
@@ -149,7 +153,7 @@ def _check_points(city: City) -> list[str]:
     exact = all(f.is_parquet for f in files)
     said.append(f"{rows:,} rows in {new}Parquet" if rows and exact else f"about {rows:,} {new}rows" if rows else "")
     found = [", ".join(text for text in said if text)]
-    found += [f"points: {f.label} is empty" for f in empty[:5]]
+    found += [f"points: {f.shown} is empty" for f in empty[:5]]
     found += [f"{s.reason} (left out)" for s in (*left, *damaged)]
     if (step := single_precision_step(city, files)) > 0.5:
         found.append(f"points: positions are stored in 32 bits and step by {step:.1f} px here; store them in 64 bits")
@@ -173,25 +177,47 @@ def _check_first_readable(city: City, grid: Grid, files: list[SourceFile]) -> li
 def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
     """Place the first rows of a file; a city whose points lie elsewhere is found before they are all read."""
     assert city.points is not None
+    columns = city.points.columns
     with tempfile.TemporaryDirectory() as scratch:
         part = Part(tuple(materialise([file], Path(scratch))))
         rows = shift_datum(read_rows(city.points, part, Path(scratch), SAMPLE_ROWS), city.points.datum)
     reason = judge_rows(rows, city.points.clean, grid, fit_projection(grid, city.points.crs)).reason
     share = {r: float(np.mean(reason == r)) for r in Reason}
     if share[Reason.SWAPPED] > share[Reason.KEPT]:
-        columns = {"lon": city.points.columns.lon, "lat": city.points.columns.lat}
-        raise ConfigError("points.columns", columns, "give positions in the city only when exchanged", "exchange lon and lat")
-    if share[Reason.TIME] > 0.5:
+        raise ConfigError("points.columns", {"lon": columns.lon, "lat": columns.lat},
+                          "give positions in the city only when exchanged", "exchange lon and lat")  # fmt: skip
+    if share[Reason.NOT_FINITE] > 0.5:
+        problem = (
+            f"and {columns.lat!r} hold no pair of numbers in {share[Reason.NOT_FINITE]:.0%} of the first rows of {file.shown}"
+        )
         raise ConfigError(
-            "points.columns.time", city.points.columns.time, f"holds no usable time in {share[Reason.TIME]:.0%} of the rows",
-            "name another column or set points.time_unit",
-        )  # fmt: skip
+            "points.columns.lon", columns.lon, problem, "name columns of decimal degrees, or of metres with points.crs"
+        )
+    if share[Reason.TIME] > 0.5:
+        problem = f"holds no usable time in {share[Reason.TIME]:.0%} of the first rows of {file.shown}"
+        raise ConfigError("points.columns.time", columns.time, problem,
+                          "name another column, or set points.time_unit or points.clean.time_range")  # fmt: skip
     if share[Reason.KEPT] == 0:
         raise ConfigError(
-            "points.sources", file.label, "has no position inside grid.bounds in its first rows",
-            "correct grid.bounds, points.columns or points.crs",
+            "points.sources", file.shown, "has no position inside grid.bounds in its first rows",
+            _why_outside(city, grid, rows),
         )  # fmt: skip
-    return [f"points: {share[Reason.KEPT]:.1%} of the first {len(reason):,} rows of {Path(file.path).name} fall on the grid"]
+    kept = rows.time_us[reason == Reason.KEPT] if len(rows.time_us) else rows.time_us
+    warned = describe_suspects(*count_suspects(kept, rolled_over_us()), len(kept))
+    name = printable(Path(file.member or file.path).name)
+    return [f"points: {share[Reason.KEPT]:.1%} of the first {len(reason):,} rows of {name} fall on the grid",
+            *(f"points: {line}" for line in warned)]  # fmt: skip
+
+
+def _why_outside(city: City, grid: Grid, rows: Rows) -> str:
+    """What to do about positions that all lie elsewhere; degrees that were written as whole numbers are known by their size."""
+    assert city.points is not None
+    box = fit_projection(grid, city.points.crs).box
+    for digits in range(5, 10):
+        x, y = rows.x / 10**digits, rows.y / 10**digits
+        if np.any((box[0] <= x) & (x < box[2]) & (box[1] <= y) & (y < box[3])):
+            return f"divide them by 10^{digits}: they look like degrees in whole numbers"
+    return "correct grid.bounds, points.columns, points.crs or points.datum"
 
 
 def _check_imagery(city: City) -> list[str]:

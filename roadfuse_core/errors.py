@@ -7,7 +7,40 @@ RoadFuseError
     └── NothingPublishedError   certainly nothing was ever published there
 """
 
-__all__ = ["ConfigError", "DataError", "NothingPublishedError", "RoadFuseError", "StoreError"]
+import re
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "NothingPublishedError",
+    "RoadFuseError",
+    "StoreError",
+    "holds_credentials",
+    "printable",
+    "without_secrets",
+]
+
+# `user:password@` of an authority (a secret key may hold slashes), and everything behind the `?` of a signed address.
+CREDENTIALS = re.compile(
+    r"(?<=://)(?:(?<!http://)(?<!https://)[^\s/:@'\"]+:[^\s@'\"]*@"
+    r"|(?:(?<=http://)|(?<=https://))(?:[^\s/@'\"]+|[^\s/:@'\"]+:(?!\d{1,5}/)[^\s@'\"]*)@)"
+)
+QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*=[^\s'\"]*")
+
+
+def without_secrets(text: str) -> str:
+    """A text whose URLs show no user, no password and no parameters, which may be a signature."""
+    return QUERY.sub(r"\1?…", CREDENTIALS.sub("", text))
+
+
+def holds_credentials(url: str) -> bool:
+    """Whether a URL names a user or a password."""
+    return CREDENTIALS.search(url) is not None
+
+
+def printable(text: str) -> str:
+    """A name in one line: what a terminal does not show is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 # Of a value in a message.
@@ -29,9 +62,12 @@ def show(value: object) -> str:
 
 
 class RoadFuseError(Exception):
-    """Root of the tree; `exit_code` is what the command line returns for it."""
+    """Root of the tree; `exit_code` is what the command line returns for it. No message holds what a URL keeps secret."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class ConfigError(RoadFuseError, ValueError):

@@ -66,7 +66,7 @@ def _known_crs(text: str) -> str:
 
 
 def _known_zone(text: str) -> str:
-    zones = available_timezones()
+    zones = available_timezones() - {"localtime"}
     if text not in zones:
         near = difflib.get_close_matches(text, zones, 1)
         raise ValueError(f"give a name such as {near[0] if near else 'Asia/Shanghai'}, or Etc/GMT-8 for eight hours east")
@@ -130,6 +130,8 @@ class CsvSpec(_Spec):
     delimiter: str = Field(",", min_length=1, max_length=1, description="column separator")
     header: bool = Field(True, description="whether the first line holds the column names")
     names: tuple[str, ...] = Field((), description="column names, for files without a header")
+    encoding: Literal["utf-8", "latin-1", "utf-16"] = Field("utf-8", description="how characters are written")
+    decimal: Literal[".", ","] = Field(".", description="what parts whole numbers from fractions")
 
 
 class CleanSpec(_Spec):
@@ -169,7 +171,9 @@ class PointsSpec(_Spec):
     crs: CrsName = Field("EPSG:4326", description="CRS of the positions")
     datum: Literal["wgs84", "gcj02", "bd09"] = Field("wgs84", description="gcj02 and bd09 are shifted to WGS-84 first")
     speed_unit: Literal["km/h", "m/s", "mph", "m/min", "knots"] = Field("km/h", description="unit of `speed`")
-    time_unit: Literal["s", "ms"] = Field("s", description="unit of numeric times since 1970")
+    time_unit: Literal["s", "ms", "us", "ns", "days"] = Field(
+        "s", description="unit of numeric times since 1970; `days` are a spreadsheet's, since 1899-12-30"
+    )
     time_zone: ZoneName = Field("UTC", description="zone of times that state none")
     period: Literal["day", "week", "month", "all"] = Field("month", description="time resolution of the cube")
     settle_s: float = Field(
@@ -302,7 +306,13 @@ class City(_Spec):
         return self
 
     def path(self, text: str) -> Path:
-        """A path of the city file, made absolute."""
+        """A path of the city file, made absolute.
+
+        Raises:
+            ConfigError: It holds a NUL character.
+        """
+        if "\0" in text:
+            raise ConfigError("city file", text, "is no path: it holds a NUL character", "correct the path")
         return (self.root / Path(text).expanduser()).resolve() if not os.path.isabs(text) else Path(text)
 
     @property

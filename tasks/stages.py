@@ -72,6 +72,9 @@ def ingest_dumps(city_file: Path, scheduler: str) -> dict[str, Any] | None:
     with Client(scheduler) as client, _tell(city.name) as tell:
         entry = ingest(city, client=client, tell=tell)
     warn_of_skipped(read_skipped(city))
+    if entry:
+        for warning in entry["time_warnings"]:
+            get_run_logger().warning(f"dump {entry['dump']}: {warning}")
     return {k: v for k, v in entry.items() if k != "files"} if entry else None
 
 
@@ -167,8 +170,8 @@ def plan_backfill(city_file: Path, since: datetime | None, until: datetime | Non
     """What a backfill would read."""
     city = load_city(city_file)
     plan = plan_ingest(city, None, replace)
-    chosen = files_between(city, plan, since, until) if since and until else [f["label"] for f in plan.files]
-    return {"files": chosen, "rows": plan.rows, "slices": plan.slices}
+    chosen = files_between(city, plan, since, until) if since and until else plan.sources
+    return {"files": [f.label for f in chosen], "rows": plan.rows, "slices": plan.slices}
 
 
 @task(name="train")

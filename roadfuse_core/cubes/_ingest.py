@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -59,8 +60,10 @@ from roadfuse_core.points import (
     Shuffle,
     Slice,
     SliceReport,
+    SourceFile,
     arrays_of,
     cut_buckets,
+    describe_suspects,
     find_speed_break,
     is_intact,
     map_slice,
@@ -91,7 +94,7 @@ PASSING_FILE = re.compile(r"unpacked|shuffle-\d{5}\.(parquet|json|spill)|shard-\
 
 def ingest(
     city: City,
-    patterns: list[str] | None = None,
+    patterns: Sequence[str | SourceFile] | None = None,
     client: Client | None = None,
     tell: Progress = quiet,
     replace: str | None = None,
@@ -105,7 +108,7 @@ def ingest(
 
     Args:
         city: The city; its `points` say how to read.
-        patterns: Files or globs instead of the city's own sources.
+        patterns: Files or globs instead of the city's own sources; what was found before is not searched again.
         client: Dask; None works in this process, with the same result.
         tell: Progress.
         replace: A dump of the ledger that leaves the cube in the same step; the result is as if it had never been in.
@@ -352,6 +355,7 @@ def _entry(plan: IngestPlan, spec: PointsSpec, reports: list[SliceReport], began
         "rejected": {k: v for k, v in reasons.items() if v}, "time": span,
         "tiles": len({t for r in reports for t in r.tiles}), "seconds": round(time.perf_counter() - began, 2),
         "speed_break": dataclasses.asdict(broken) if broken else None,
+        "time_warnings": describe_suspects(sum(r.before_gps for r in reports), sum(r.rolled_over for r in reports), kept),
         "committed": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ class IngestPlan:
         rows: Rows to read; counted for Parquet, estimated from the size and the first rows for text.
         slices: Jobs of the map, about.
         rows_per_slice: Most rows of a job, by the memory of a worker.
+        addresses: Where files are read whose address is more than their path, by label; no ledger holds these.
     """
 
     dump: str
@@ -108,6 +109,7 @@ class IngestPlan:
     rows: int
     slices: int
     rows_per_slice: int
+    addresses: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def cut_by(self, rows_per_slice: int) -> IngestPlan:
         """The same dump in slices of another size."""
@@ -117,7 +119,9 @@ class IngestPlan:
     @property
     def sources(self) -> list[SourceFile]:
         """The new files."""
-        return [SourceFile(f["path"], f["member"], f["size"], f["version"]) for f in self.files]
+        return [
+            SourceFile(f["path"], f["member"], f["size"], f["version"], self.addresses.get(f["label"], "")) for f in self.files
+        ]
 
 
 def cubes_path(city: City) -> Path:
@@ -171,7 +175,7 @@ def require_same_cube(city: City) -> None:
             raise ConfigError(key, value, problem, fix)
 
 
-def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | None = None) -> IngestPlan:
+def plan_ingest(city: City, patterns: Sequence[str | SourceFile] | None = None, replace: str | None = None) -> IngestPlan:
     """What is new among the city's files; opens those that the ledger does not hold, and writes nothing.
 
     Of the city's own sources, files that are too young or damaged are left out, so that the others enter. Files that are
@@ -179,7 +183,7 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
 
     Args:
         city: The city.
-        patterns: Files or globs instead of the city's own sources.
+        patterns: Files or globs instead of the city's own sources; what was found before is not searched again.
         replace: A dump whose files count as new, because it leaves the cube.
 
     Raises:
@@ -213,7 +217,8 @@ def plan_ingest(city: City, patterns: list[str] | None = None, replace: str | No
             skipped.append(SkippedFile(f["label"], f["version"], problem, damaged=True))
         else:
             new[f["hash"]] = f
-    plan = IngestPlan("", [], known, copies, skipped, archived, 0, 0, rows_per_slice(city, 0))
+    addresses = {f.label: f.address for f in files if f.address}
+    plan = IngestPlan("", [], known, copies, skipped, archived, 0, 0, rows_per_slice(city, 0), addresses)
     return _with_files(city, plan, list(new.values()))
 
 
@@ -316,7 +321,9 @@ def find_new(city: City) -> tuple[list[SourceFile], list[SourceFile]]:
     return _split(_find(city, None, entries)[0], versions, set(versions.values()))
 
 
-def _find(city: City, patterns: list[str] | None, entries: Collection[LedgerEntry]) -> tuple[list[SourceFile], list[str]]:
+def _find(
+    city: City, patterns: Sequence[str | SourceFile] | None, entries: Collection[LedgerEntry]
+) -> tuple[list[SourceFile], list[str]]:
     """The files behind sources, and those sources that match nothing now but once did, by the ledger."""
     archived: list[str] = []
 
@@ -383,8 +390,8 @@ def most_rows_per_slice(city: City) -> int:
     return min(ROWS_PER_SLICE, (limit - BASE_BYTES - DUCKDB_BYTES // 2) // a_row)
 
 
-def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[str]:
-    """Labels of a plan's new files that hold any time in [since, until); a file is taken whole.
+def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[SourceFile]:
+    """A plan's new files that hold any time in [since, until); a file is taken whole.
 
     Args:
         city: The city; its points name a time column.
@@ -412,7 +419,7 @@ def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime
         found, damaged = sift(plan.sources, spans)
     for file in damaged:
         log.warning("%s; it is left out, whatever times it holds", file.reason)
-    return [f.label for f, s in found if s and s[0] < high and s[1] >= low]
+    return [f for f, s in found if s and s[0] < high and s[1] >= low]
 
 
 def cut_parts(plan: IngestPlan, folder: Path) -> list[Part]:
@@ -428,15 +435,15 @@ def cut_parts(plan: IngestPlan, folder: Path) -> list[Part]:
             if parquet and rows > plan.rows_per_slice:
                 pieces = -(-rows // plan.rows_per_slice)
                 cuts = [rows * k // pieces for k in range(pieces + 1)]
-                parts += [Part((path,), rows=pair) for pair in itertools.pairwise(cuts)]
+                parts += [Part((path,), rows=pair, expected=pair[1] - pair[0]) for pair in itertools.pairwise(cuts)]
                 continue
             if together and held + rows > plan.rows_per_slice:
-                parts.append(Part(tuple(together)))
+                parts.append(Part(tuple(together), expected=held if parquet else None))
                 together, held = [], 0
             together.append(path)
             held += rows
         if together:
-            parts.append(Part(tuple(together)))
+            parts.append(Part(tuple(together), expected=held if parquet else None))
     return parts
 
 

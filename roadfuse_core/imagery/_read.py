@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from roadfuse_core.grid import Bounds, Grid
 from roadfuse_core.imagery._open import RASTER_SUFFIXES, Raster, open_raster
 from roadfuse_core.imagery._parts import FilePart, parts_of
 from roadfuse_core.settings import City, ImagerySpec
+from roadfuse_core.wildcards import find_paths
 
 __all__ = ["ImageFile", "ImageryReader", "RasterKey", "find_imagery", "identify", "read_warped"]
 
@@ -52,21 +52,22 @@ def find_imagery(city: City, key: RasterKey = "imagery") -> list[str]:
     out: set[str] = set()
     spec: ImagerySpec | None = getattr(city, key)
     for text in spec.sources if spec else []:
-        paths = _files_of(city.path(text))
+        paths = _files_of(city, text)
         if not paths:
             raise ConfigError(f"{key}.sources", text, "matches no file", "correct the path or the pattern")
         out.update(paths)
     return sorted(out)
 
 
-def _files_of(source: Path) -> list[str]:
-    """Images behind a file, a folder with all that is below it, or a pattern."""
-    if source.is_file():
-        return [str(source)]
-    if source.is_dir():
-        return [str(p) for p in _below(source) if p.suffix.lower() in RASTER_SUFFIXES]
-    found = [p for p in map(Path, glob.glob(str(source), recursive=True)) if not p.name.lower().endswith(COMPANIONS)]
-    return [str(p) for p in found if p.is_file()]
+def _files_of(city: City, text: str) -> list[str]:
+    """Images behind a file, a pattern, or folders with all that is below them."""
+    found = find_paths(city.root, text)
+    if found and found == [city.path(text)] and found[0].is_file():
+        return [str(found[0])]
+    files = [p for p in found if p.is_file() and not p.name.lower().endswith(COMPANIONS)]
+    if not files:
+        files = [p for folder in found for p in _below(folder) if p.suffix.lower() in RASTER_SUFFIXES]
+    return [str(p) for p in files]
 
 
 def _below(folder: Path) -> Iterator[Path]:

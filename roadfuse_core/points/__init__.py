@@ -28,6 +28,7 @@ from roadfuse_core.points._sources import (
     materialise,
     single_precision_step,
 )
+from roadfuse_core.points._times import count_suspects, describe_suspects, rolled_over_us
 from roadfuse_core.points._units import SpeedBreak, SpeedRatios, find_speed_break
 
 __all__ = [
@@ -52,8 +53,10 @@ __all__ = [
     "arrays_of",
     "check_columns",
     "columns_of",
+    "count_suspects",
     "current_version",
     "cut_buckets",
+    "describe_suspects",
     "empty_files",
     "find_sources",
     "find_speed_break",
@@ -70,6 +73,7 @@ __all__ = [
     "read_batches",
     "read_report",
     "read_rows",
+    "rolled_over_us",
     "shift_datum",
     "shuffle_slice",
     "single_precision_step",

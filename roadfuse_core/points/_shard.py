@@ -24,6 +24,7 @@ from roadfuse_core.points._datum import shift_datum
 from roadfuse_core.points._read import Part, Rows, read_batches, rows_by_bucket, shuffle_rows
 from roadfuse_core.points._samples import Collector
 from roadfuse_core.points._shard_file import write_shard
+from roadfuse_core.points._times import count_suspects, rolled_over_us
 from roadfuse_core.points._units import SpeedRatios
 from roadfuse_core.settings import PointsSpec
 
@@ -84,6 +85,8 @@ class SliceReport:
         ratios: Reported against implied speed by day, see `SpeedRatios`.
         digests: BLAKE3 of each shard; none in reports of versions before there were any.
         sign: 1 for what enters a cube, -1 for what leaves it.
+        before_gps: Kept rows before 1980-01-06.
+        rolled_over: Kept rows after that and more than 1,024 weeks ago, see `describe_suspects`.
     """
 
     shards: tuple[str, ...]
@@ -96,6 +99,8 @@ class SliceReport:
     ratios: dict[int, list[int]] = field(default_factory=dict)
     digests: tuple[str, ...] = ()
     sign: int = 1
+    before_gps: int = 0
+    rolled_over: int = 0
 
 
 def needs_vehicles(spec: PointsSpec) -> bool:
@@ -241,6 +246,9 @@ class _Mapper:
         self.shards: list[str] = []
         self.times: list[int] = []
         self.periods: list[int] = []
+        self.before_gps = 0
+        self.rolled_over = 0
+        self.rolled_over_us = rolled_over_us()
 
     def run(self) -> SliceReport:
         job, stem = self.job, Path(self.job.shard)
@@ -255,6 +263,7 @@ class _Mapper:
             first_us=min(self.times, default=None), last_us=max(self.times, default=None),
             periods=(min(self.periods), max(self.periods)) if self.periods else None,
             tiles=dict(self.tiles), ratios=self.ratios.by_day, digests=tuple(digest_of(Path(s)) for s in self.shards),
+            before_gps=self.before_gps, rolled_over=self.rolled_over,
         )  # fmt: skip
 
     def _take(self, rows: Rows, projection: PixelProjection, quarantine: _Quarantine) -> None:
@@ -277,6 +286,9 @@ class _Mapper:
         if len(rows.time_us):
             kept = rows.time_us[placed.reason == Reason.KEPT]
             self.times += [int(kept.min()), int(kept.max())] if len(kept) else []
+            before_gps, rolled_over = count_suspects(kept, self.rolled_over_us)
+            self.before_gps += before_gps
+            self.rolled_over += rolled_over
 
     def _flush(self) -> None:
         if not self.collector.held:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
-import glob
-import gzip
+import lzma
 import os
 import re
 import shutil
+import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +27,24 @@ from blake3 import blake3
 from fsspec.utils import glob_translate
 from pyproj import CRS
 
-from roadfuse_core.errors import ConfigError, DataError, StoreError
+from roadfuse_core.errors import (
+    ConfigError,
+    DataError,
+    RoadFuseError,
+    StoreError,
+    holds_credentials,
+    printable,
+    without_secrets,
+)
 from roadfuse_core.files import replacing
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.points._footer import stated_rows
+from roadfuse_core.points._layout import layout_of_parquet, layout_of_text, point_number, texts_of
+from roadfuse_core.points._text import WEB, Head, ending, is_packed, read_head
 from roadfuse_core.points._text_rows import estimate_rows
-from roadfuse_core.settings import City, PointsSpec
+from roadfuse_core.points._times import is_number
+from roadfuse_core.settings import City, CsvSpec, PointsSpec
+from roadfuse_core.wildcards import find_paths
 
 __all__ = [
     "SourceFile",
@@ -41,6 +55,7 @@ __all__ = [
     "identify",
     "matches",
     "materialise",
+    "open_bytes",
     "single_precision_step",
 ]
 
@@ -50,12 +65,23 @@ METRES_PER_DEGREE = 111_195.0
 # Text of trajectories packs to a third or a tenth; what packs better than this, and is large, is no such text.
 MOST_PACKED = 100
 BOMB_BYTES = 100_000_000
+# Names of files that describe data, and those that programs hide beside it (`_SUCCESS`).
+COMPANIONS = (".", "_", "readme", "licence", "license", "copying")
+# Parameters of an address that grant access for a while: Amazon's, Google's, Azure's, CloudFront's and plain ones.
+SIGNATURE = re.compile(
+    r"(X-Amz-[^=]*|X-Goog-[^=]*|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Policy|Key-Pair-Id|token|access_token|api_?key"
+    r"|sv|ss|sp|se|st|sr|sig|srt|spr|sip|sdd|skoid|sktid|skt|ske|sks|skv)=",
+    re.IGNORECASE,
+)
 LITTER = ("__MACOSX/*", "*/.*", ".*")
 # Files that are opened at the same time: an object store answers after tens of milliseconds, whatever it is asked.
 OPEN_AT_ONCE = 16
 # Stores that list all objects below a prefix at once, a thousand a request, however deep their names are.
 FLAT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 MAGIC = re.compile(r"[*?[]")
+
+# What unpacking raises: damaged archives and streams, encrypted members, unknown methods.
+UNPACKING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError)
 
 Found = TypeVar("Found")
 
@@ -69,12 +95,14 @@ class SourceFile:
         member: Name inside the archive; empty for plain files.
         size: Bytes when it was found; of a member, unpacked.
         version: Of the file or archive when it was found: its time of change in nanoseconds with its size, or an ETag.
+        address: Where it is read, if that is not its path: a URL with a signature, which neither ledger nor message holds.
     """
 
     path: str
     member: str = ""
     size: int = field(default=0, compare=False)
     version: str = field(default="", compare=False)
+    address: str = field(default="", compare=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -82,20 +110,30 @@ class SourceFile:
         return f"{self.path}::{self.member}" if self.member else self.path
 
     @property
+    def location(self) -> str:
+        """Where its bytes are read."""
+        return self.address or self.path
+
+    @property
+    def shown(self) -> str:
+        """Its label in one line that holds no secret, for messages."""
+        return printable(without_secrets(self.label))
+
+    @property
     def is_parquet(self) -> bool:
         """By its ending."""
-        return (self.member or self.path).lower().endswith(PARQUET)
+        return ending(self.member or self.path).endswith(PARQUET)
 
 
 def find_sources(
-    city: City, patterns: list[str] | None = None, archived: Callable[[str], bool] | None = None
+    city: City, patterns: Sequence[str | SourceFile] | None = None, archived: Callable[[str], bool] | None = None
 ) -> list[SourceFile]:
     """The files behind the city's sources, sorted, each once, also where links lead to it twice or in circles.
 
     Args:
         city: Its `points.sources` are folders or globs, relative to the city file or URLs such as `s3://bucket/…`;
             `archive.zip::pattern` picks members, and litter of archives (`__MACOSX`, hidden files) is never picked.
-        patterns: Instead of the city's own.
+        patterns: Instead of the city's own; what was found before is taken as it is.
         archived: Whether a source, absolute, may match nothing, because what it once matched was ingested.
 
     Raises:
@@ -104,24 +142,60 @@ def find_sources(
     """
     found: set[SourceFile] = set()
     for text in patterns or _points(city).sources:
-        outer, _, inner = text.partition("::")
-        listed = _remote_files(outer) if "://" in outer else _local_files(str(city.path(outer)))
+        if isinstance(text, SourceFile):
+            found.add(text)
+            continue
+        listed, inner = _listed(city, text)
         files = _expand(listed, inner)
-        if not files and not (archived and archived(outer if "://" in outer else str(city.path(outer)))):
+        if not files and not (archived and archived(_absolute(city, text))):
             raise ConfigError("points.sources", text, "matches no file", "correct the path or the pattern")
         found.update(files)
     for file in found:
-        if not (file.member or file.path).lower().endswith((*PARQUET, *TEXT, ".zip")):
-            raise ConfigError("points.sources", file.label, "is neither Parquet nor text", f"use {', '.join(PARQUET + TEXT)}")
+        _require_name(file)
+        if not ending(file.member or file.path).endswith((*PARQUET, *TEXT, ".zip")):
+            raise ConfigError("points.sources", file.shown, "is neither Parquet nor text", f"use {', '.join(PARQUET + TEXT)}")
     return sorted(found, key=lambda f: f.label)
 
 
-def _local_files(where: str) -> list[SourceFile]:
-    """Files of a glob, or all data files below a folder, hive-partitioned or not; of equal files one name."""
-    if Path(where).is_dir():
-        found = [p for p in _walk(where) if not Path(p).name.startswith((".", "_"))]
-    else:
-        found = [p for p in glob.glob(where, recursive=True) if Path(p).is_file()]
+def _absolute(city: City, text: str) -> str:
+    """A source without the members of an archive, as a path or URL that stands for itself."""
+    outer, _ = _parted(city, text)
+    return outer if "://" in outer or "\0" in outer else str(city.path(outer))
+
+
+def _require_name(file: SourceFile) -> None:
+    """Refuse a name that no store and no ledger can write down."""
+    try:
+        file.label.encode()
+    except UnicodeEncodeError as error:
+        shown = file.label.encode("utf-8", "backslashreplace").decode()
+        raise ConfigError("points.sources", shown, "has a name that is not UTF-8", "rename the file") from error
+
+
+def _parted(city: City, text: str) -> tuple[str, str]:
+    """A source's file and, of an archive, the pattern of its members; a file may have colons in its name."""
+    outer, colons, inner = text.partition("::")
+    if colons and "://" not in text and find_paths(city.root, text):
+        return text, ""
+    return outer, inner
+
+
+def _listed(city: City, text: str) -> tuple[list[SourceFile], str]:
+    """Files and archives behind a source, and the pattern of the archives' members."""
+    outer, inner = _parted(city, text)
+    if "://" not in outer:
+        return _local_files(find_paths(city.root, outer)), inner
+    if holds_credentials(outer):
+        raise ConfigError("points.sources", without_secrets(outer), "was given with a user or password",
+                          "leave them out; stores take them from the environment (AWS_ACCESS_KEY_ID, …)")  # fmt: skip
+    return (_web_files(outer) if outer.startswith(WEB) else _remote_files(outer)), inner
+
+
+def _local_files(matched: list[Path]) -> list[SourceFile]:
+    """Files that were matched, or, where only folders were, all data files below them; of equal files one name."""
+    found = [str(path) for path in matched if path.is_file()]
+    if not found:
+        found = [path for folder in matched for path in _walk(str(folder)) if _is_data(path)]
     names = {os.path.realpath(p): p for p in sorted(found, reverse=True)}.values()
     return [_local_file(name) for name in names]
 
@@ -129,6 +203,12 @@ def _local_files(where: str) -> list[SourceFile]:
 def _local_file(path: str) -> SourceFile:
     stat = os.stat(path)
     return SourceFile(path, size=stat.st_size, version=f"{stat.st_mtime_ns}-{stat.st_size}")
+
+
+def _is_data(path: str) -> bool:
+    """Whether a file of a folder is one of its data files, not hidden and not a companion such as a README."""
+    name = Path(path).name.lower()
+    return name.endswith((*PARQUET, *TEXT, ".zip")) and not name.startswith(COMPANIONS)
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -150,6 +230,41 @@ def _remote_files(url: str) -> list[SourceFile]:
             for name, facts in _list(store, scheme, path).items()
             if facts["type"] == "file" and not name.rsplit("/", 1)[-1].startswith((".", "_")) and not name.endswith("/")
         ]
+
+
+def _web_files(url: str) -> list[SourceFile]:
+    """Files behind a web address: one, those that a page links to, or those of its links that a pattern matches."""
+    bare = url.partition("?")[0]
+    with _reaching(url):
+        store = fsspec.filesystem("http", use_listings_cache=False)
+        if bare.lower().endswith((*PARQUET, *TEXT, ".zip")) and not re.search(r"[*[]", bare):
+            found = [url]
+        else:
+            found = store.glob(bare) if re.search(r"[*[]", bare) else [name for name in store.find(bare) if _is_data(name)]
+        return [_web_file(store, name) for name in found]
+
+
+def _web_file(store: Any, url: str) -> SourceFile:
+    """A file of the web; its signature is no part of its name, and other parameters are one as a digest."""
+    facts = store.info(url)
+    size = int(facts.get("size") or 0)
+    changed = facts.get("ETag") or (facts.get("Last-Modified") and f"{facts['Last-Modified']}-{size}")
+    # Where a server does not tell one content from another, it is read each time.
+    version = str(changed or f"unknown-{time.time_ns()}").strip('"')
+    bare, _, query = url.partition("?")
+    told = sorted(part for part in query.split("&") if part and not SIGNATURE.match(part))
+    mark = f"?{blake3('&'.join(told).encode()).hexdigest(4)}" if told else ""
+    return SourceFile(bare + mark, size=size, version=version, address=url if query else "")
+
+
+def _web_version(file: SourceFile) -> str | None:
+    """A web file's version now; of a server that does not tell, the one that was made up when it was found."""
+    try:
+        with _reaching(file.location):
+            now = _web_file(fsspec.filesystem("http", use_listings_cache=False), file.location).version
+    except DataError:  # also where the signature was not kept
+        return None
+    return file.version if now.startswith("unknown-") else now
 
 
 def _list(store: Any, scheme: str, path: str) -> dict[str, dict[str, Any]]:
@@ -178,14 +293,15 @@ def _reaching(where: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ConfigError("points.sources", where, f"needs a package ({error})", "install roadfuse[s3]") from error
+        fix = "install roadfuse[s3]" if where.startswith(("s3://", "s3a://")) else "install it"
+        raise ConfigError("points.sources", where, f"needs a package ({error})", fix) from None
     except Exception as error:
         if "://" not in where or isinstance(error, (ConfigError, DataError)):
             raise
         short = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"points.sources: cannot read {where} ({short}); check the URL, AWS_ENDPOINT_URL and the credentials"
-        ) from error
+        ) from None  # what stores and servers raise shows addresses as they are
 
 
 def _points(city: City) -> PointsSpec:
@@ -196,8 +312,8 @@ def _points(city: City) -> PointsSpec:
 
 def _expand(files: list[SourceFile], inner: str) -> list[SourceFile]:
     """The files, with archives replaced by those of their members that a pattern picks."""
-    archives = [f for f in files if f.path.lower().endswith(".zip")]
-    plain = [f for f in files if not f.path.lower().endswith(".zip")]
+    archives = [f for f in files if ending(f.path).endswith(".zip")]
+    plain = [f for f in files if not ending(f.path).endswith(".zip")]
     members = _by_path(archives, lambda opener, file: _members_or_itself(opener, file, inner or "*"))
     return plain + [member for group in members for member in group]
 
@@ -212,12 +328,17 @@ def _members_or_itself(opener: _Opener, file: SourceFile, pattern: str) -> list[
 
 def _members(opener: _Opener, file: SourceFile, pattern: str) -> list[SourceFile]:
     try:
-        members = [m for m in opener.archive(file.path).infolist() if not m.is_dir()]
+        members = [m for m in opener.archive(file).infolist() if not m.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"points.sources: {file.path} is not a readable zip ({error}); copy it again") from error
+        raise DataError(f"points.sources: {file.shown} is not a readable zip ({error}); copy it again") from error
     picked = [m for m in members if fnmatch.fnmatch(m.filename, pattern)]
     picked = [m for m in picked if not any(fnmatch.fnmatch(m.filename, litter) for litter in LITTER)]
-    return [SourceFile(file.path, m.filename, m.file_size, file.version) for m in picked]
+    names = [m.filename for m in picked]
+    if twice := next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None:
+        raise DataError(
+            f"points.sources: {file.shown} holds two members called {printable(twice)}; unpack it, or pack it again"
+        )
+    return [SourceFile(file.path, m.filename, m.file_size, file.version, file.address) for m in picked]
 
 
 def _by_path(files: Sequence[SourceFile], look: Callable[[_Opener, SourceFile], Found]) -> list[Found]:
@@ -228,11 +349,36 @@ def _by_path(files: Sequence[SourceFile], look: Callable[[_Opener, SourceFile], 
 
     def look_at(places: list[int]) -> list[tuple[int, Found]]:
         with _Opener() as opener:
-            return [(place, look(opener, files[place])) for place in places]
+            return [(place, _named_look(opener, files[place])) for place in places]
+
+    def _named_look(opener: _Opener, file: SourceFile) -> Found:
+        with _naming(file):
+            return look(opener, file)
 
     with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
         found = dict(pair for pairs in pool.map(look_at, places_of.values()) for pair in pairs)
     return [found[place] for place in range(len(files))]
+
+
+@contextmanager
+def _naming(file: SourceFile) -> Iterator[None]:
+    """Errors of a file, its packing and the system as one line; what the system lacks is no fault of the file."""
+    try:
+        yield
+    except RoadFuseError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise StoreError(
+                f"{file.shown}: too many files are open; raise the limit (ulimit -n 4096) and run again"
+            ) from error
+        if error.errno not in (None, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL):
+            raise
+        raise DataError(f"points.sources: {file.shown} cannot be read ({error.strerror or error}); check the file") from error
+    except UNPACKING as error:
+        raise DataError(
+            f"points.sources: {file.shown} cannot be unpacked ({printable(str(error))}); copy it again, or unpack it yourself"
+        ) from error
 
 
 class _Opener:
@@ -248,24 +394,46 @@ class _Opener:
         for archive in self.archives.values():
             archive.close()
 
-    def archive(self, path: str) -> zipfile.ZipFile:
+    def archive(self, file: SourceFile) -> zipfile.ZipFile:
         """An open archive."""
+        path = file.path
         if path not in self.archives:
-            self.archives[path] = zipfile.ZipFile(self._bytes(path))
+            self.archives[path] = zipfile.ZipFile(open_bytes(file.location))
         return self.archives[path]
 
     def open(self, file: SourceFile) -> IO[bytes]:
         """The file's bytes, as stored: gzip is not unpacked."""
-        return self.archive(file.path).open(file.member) if file.member else self._bytes(file.path)
+        return self.archive(file).open(file.member) if file.member else open_bytes(file.location)
 
-    @staticmethod
-    def _bytes(path: str) -> IO[bytes]:
-        if "://" not in path:
-            return open(path, "rb")
-        with _reaching(path):
-            store, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
-            opened: IO[bytes] = store.open(name, "rb")
+
+def open_bytes(path: str) -> IO[bytes]:
+    """A file or an object of a store, for reading at any place.
+
+    Raises:
+        DataError: The store does not answer.
+    """
+    if "://" not in path:
+        return open(path, "rb")
+    with _reaching(path):
+        store, name = fsspec.core.url_to_fs(path, use_listings_cache=False)
+        opened: IO[bytes] = store.open(name, "rb")
+        return _in_ranges(store, name, opened) if path.startswith(WEB) else opened
+
+
+def _in_ranges(store: Any, url: str, opened: IO[bytes]) -> IO[bytes]:
+    """A file of the web that can be read at any place: as it is where the server gives ranges, else as a copy."""
+    try:
+        opened.seek(-1, os.SEEK_END)
+        opened.read(1)
+        opened.seek(0)
         return opened
+    except (ValueError, OSError):
+        opened.close()
+    copy: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+    with store.open(url, "rb", block_size=0) as stream:
+        shutil.copyfileobj(stream, copy)
+    copy.seek(0)
+    return copy
 
 
 def matches(source: str, label: str) -> bool:
@@ -285,6 +453,8 @@ def current_version(file: SourceFile) -> str | None:
     try:
         if "://" not in file.path:
             return _local_file(file.path).version
+        if file.path.startswith(WEB):
+            return _web_version(file)
         with _reaching(file.path):
             store, name = fsspec.core.url_to_fs(file.path, use_listings_cache=False)
             return _version(store, name, store.info(name)) if store.exists(name) else None
@@ -327,7 +497,7 @@ def _hash(opener: _Opener, file: SourceFile) -> str:
 
 
 def materialise(files: list[SourceFile], scratch: Path) -> list[str]:
-    """Paths or URLs that DuckDB can open; members of archives are unpacked below a scratch folder, in order.
+    """Paths or URLs that can be read at any place; members of archives are unpacked below a scratch folder, in order.
 
     Raises:
         DataError: A member is damaged, or unpacks to more than is likely or than there is room for.
@@ -336,11 +506,12 @@ def materialise(files: list[SourceFile], scratch: Path) -> list[str]:
     with _Opener() as opener:
         for number, file in enumerate(files):
             if not file.member:
-                out.append(file.path)
+                out.append(file.location)
                 continue
             target = scratch / f"{number:06d}{Path(file.member).suffix}"
-            if not _is_unpacked(target, opener.archive(file.path).getinfo(file.member)):
-                _unpack(opener, file, target)
+            with _naming(file):
+                if not _is_unpacked(target, opener.archive(file).getinfo(file.member)):
+                    _unpack(opener, file, target)
             out.append(str(target))
     return out
 
@@ -358,17 +529,14 @@ def _is_unpacked(target: Path, member: zipfile.ZipInfo) -> bool:
 
 def _unpack(opener: _Opener, file: SourceFile, target: Path) -> None:
     """Unpack a member; a damaged one, or one without room, leaves nothing behind."""
-    _require_plausible(file, opener.archive(file.path).getinfo(file.member))
+    _require_plausible(file, opener.archive(file).getinfo(file.member))
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if file.size > free:
-        raise StoreError(f"{target.parent}: cannot be written ({file.label} unpacks to {file.size:,} bytes, and {free:,} are "
+        raise StoreError(f"{target.parent}: cannot be written ({file.shown} unpacks to {file.size:,} bytes, and {free:,} are "
                          "free: no space left); all is as before: make room and run again")  # fmt: skip
-    try:
-        with replacing(target) as part, opener.open(file) as stream, part.open("wb") as copy:
-            shutil.copyfileobj(stream, copy)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"points.sources: {file.label} cannot be unpacked ({error}); make the archive again") from error
+    with replacing(target) as part, opener.open(file) as stream, part.open("wb") as copy:
+        shutil.copyfileobj(stream, copy)
 
 
 def _require_plausible(file: SourceFile, member: zipfile.ZipInfo) -> None:
@@ -379,26 +547,24 @@ def _require_plausible(file: SourceFile, member: zipfile.ZipInfo) -> None:
     """
     if member.file_size > BOMB_BYTES and member.file_size > MOST_PACKED * max(1, member.compress_size):
         raise DataError(
-            f"points.sources: {file.label} would unpack {member.compress_size:,} bytes to {member.file_size:,}, more than "
+            f"points.sources: {file.shown} would unpack {member.compress_size:,} bytes to {member.file_size:,}, more than "
             f"{MOST_PACKED} times as many; unpack it yourself if that is right"
         )
 
 
 def empty_files(city: City, files: list[SourceFile]) -> list[SourceFile]:
     """Files that hold no rows: none in Parquet, nothing behind the header, if there is one, in text."""
-    header = _points(city).csv.header
-    empty = _by_path(files, lambda opener, file: _is_empty(opener, file, header))
+    layout = _points(city).csv
+    empty = _by_path(files, lambda opener, file: _is_empty(opener, file, layout))
     return [file for file, is_empty in zip(files, empty, strict=True) if is_empty]
 
 
-def _is_empty(opener: _Opener, file: SourceFile, header: bool) -> bool:
+def _is_empty(opener: _Opener, file: SourceFile, layout: CsvSpec) -> bool:
     if file.is_parquet:
         with opener.open(file) as stream:
             return int(pq.read_metadata(stream).num_rows) == 0
-    with opener.open(file) as raw, _unpacked(file, raw) as stream:
-        if header:
-            stream.readline()
-        return not stream.read(64).strip()
+    head = _head(file, opener, layout)
+    return head.whole and not head.rows
 
 
 def check_columns(city: City, files: list[SourceFile]) -> list[int]:
@@ -417,32 +583,45 @@ def check_columns(city: City, files: list[SourceFile]) -> list[int]:
             return _check_parquet(city, file, opener)
         _check_text(city, file, opener)
         with opener.open(file) as stream:
-            return estimate_rows(stream, file.size, _is_packed(file), _points(city).csv.header)
+            return estimate_rows(stream, file.size, is_packed(file.label), _points(city).csv.header)
 
     return _by_path(files, rows)
 
 
 def _check_parquet(city: City, file: SourceFile, opener: _Opener) -> int:
     if file.member:
-        raise ConfigError("points.sources", file.label, "is Parquet inside a zip", "unpack it; Parquet is compressed")
+        raise ConfigError("points.sources", file.shown, "is Parquet inside a zip", "unpack it; Parquet is compressed")
+    with opener.open(file) as stream:
+        footer, schema = _footer(stream, file)
+        for key, column in _points(city).columns.named():
+            _check_name(key, column, schema.names, file)
+            if key != "vehicle":
+                _check_type(key, column, schema.types[schema.names.index(column)], file)
+        layout_of_parquet(stream, _points(city), file.shown)
+        named = [column for _, column in _points(city).columns.named()]
+    return stated_rows(footer, file.size, named, file.shown)
+
+
+def _footer(stream: IO[bytes], file: SourceFile) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
-        with opener.open(file) as stream:
-            footer = pq.read_metadata(stream)
+        footer = pq.read_metadata(stream)
         schema = footer.schema.to_arrow_schema()
     except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
         short = str(error).split(". ")[0]
-        raise DataError(f"points.sources: {file.path} is not readable Parquet ({short}); write or copy it again") from error
-    for key, column in _points(city).columns.named():
-        _check_name(key, column, schema.names, file)
-        kind = schema.field(column).type
-        numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        time = key == "time" and (pa.types.is_temporal(kind) and not pa.types.is_time(kind))
-        # A writer that saw no value in a whole file knows no type.
-        empty = pa.types.is_null(kind)
-        if key != "vehicle" and not (numeric or text or time or empty):
-            raise ConfigError(f"points.columns.{key}", column, f"has type {kind} in {file.path}", "name a column of numbers")
-    return stated_rows(footer, file.size, [column for _, column in _points(city).columns.named()], file.label)
+        raise DataError(f"points.sources: {file.shown} is not readable Parquet ({short}); write or copy it again") from error
+    return footer, schema
+
+
+def _check_type(key: str, column: str, kind: pa.DataType, file: SourceFile) -> None:
+    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    time = key == "time" and (pa.types.is_temporal(kind) and not pa.types.is_time(kind))
+    # A writer that saw no value in a whole file knows no type.
+    empty = pa.types.is_null(kind)
+    if not (numeric or text or time or empty):
+        raise ConfigError(f"points.columns.{key}", column, f"has type {kind} in {file.shown}", "name a column of numbers")
 
 
 def single_precision_step(city: City, files: list[SourceFile]) -> float:
@@ -462,35 +641,75 @@ def single_precision_step(city: City, files: list[SourceFile]) -> float:
 
 def _check_text(city: City, file: SourceFile, opener: _Opener) -> None:
     if file.member:
-        _require_plausible(file, opener.archive(file.path).getinfo(file.member))
-    spec = _points(city).csv
-    names = list(spec.names)
-    if spec.header:
-        names = [n.strip().strip('"').lstrip("\ufeff") for n in _first_line(file, opener).split(spec.delimiter)]
-    elif not names:
+        _require_plausible(file, opener.archive(file).getinfo(file.member))
+    spec = _points(city)
+    head = _head(file, opener, spec.csv)
+    if not spec.csv.header:
+        _check_given_names(spec, head, file)
+    if spec.csv.header and not {column for _, column in spec.columns.named()} <= set(head.names):
+        _find_delimiter(city, file, opener)
+    for key, column in spec.columns.named():
+        _check_name(key, column, list(head.names), file)
+        if key in ("lon", "lat"):
+            _check_numbers(key, column, texts_of(head, head.names.index(column)), spec, file)
+    layout_of_text(head, spec, file.label, file.shown)
+
+
+def _head(file: SourceFile, opener: _Opener, layout: CsvSpec) -> Head:
+    with opener.open(file) as raw:
+        return read_head(raw, layout, is_packed(file.label), file.shown)
+
+
+def _check_given_names(spec: PointsSpec, head: Head, file: SourceFile) -> None:
+    names = list(spec.csv.names)
+    if not names:
         raise ConfigError("points.csv.names", names, "is empty for a file without a header", "list the columns in order")
-    for key, column in _points(city).columns.named():
-        _check_name(key, column, names, file)
+    cells = len(head.rows[0]) if head.rows else len(names)
+    if cells > len(names) and head.rows[0][-1] == "":  # behind a separator at the end of the line
+        cells -= 1
+    if cells != len(names):
+        raise ConfigError(
+            "points.csv.names",
+            names,
+            f"are {len(names)} names, and {file.shown} has {cells} columns",
+            "name every column in order",
+        )
 
 
-def _is_packed(file: SourceFile) -> bool:
-    """Whether a text file is compressed with gzip, by its ending."""
-    return (file.member or file.path).lower().endswith(".gz")
+def _find_delimiter(city: City, file: SourceFile, opener: _Opener) -> None:
+    """Say so where another separator would give the columns."""
+    layout = _points(city).csv
+    for other in (c for c in ",;\t| " if c != layout.delimiter):
+        names = _head(file, opener, layout.model_copy(update={"delimiter": other})).names
+        if {column for _, column in _points(city).columns.named()} <= set(names):
+            raise ConfigError(
+                "points.csv.delimiter",
+                layout.delimiter,
+                f"does not separate the columns of {file.shown}",
+                f"set it to {other!r}",
+            )
 
 
-def _unpacked(file: SourceFile, raw: IO[bytes]) -> IO[bytes]:
-    return gzip.open(raw) if _is_packed(file) else raw  # type: ignore[return-value]
-
-
-def _first_line(file: SourceFile, opener: _Opener) -> str:
-    try:
-        with opener.open(file) as raw, _unpacked(file, raw) as stream:
-            return stream.read(1 << 16).split(b"\n", 1)[0].decode().rstrip("\r")
-    except (UnicodeDecodeError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"points.sources: {file.label} is not text in UTF-8 ({error}); convert or copy it again") from error
+def _check_numbers(key: str, column: str, texts: list[str], spec: PointsSpec, file: SourceFile) -> None:
+    """Refuse a column of positions without any number in the first rows."""
+    if not texts or any(is_number(point_number(text, spec)) for text in texts):
+        return
+    if all(is_number(text.replace(",", ".")) for text in texts):
+        raise ConfigError(
+            "points.csv.decimal",
+            spec.csv.decimal,
+            f"does not fit numbers such as {texts[0]!r} in {file.shown}",
+            "set it to ','",
+        )
+    raise ConfigError(
+        f"points.columns.{key}", column, f"holds no number in the first rows of {file.shown}, for example {texts[0]!r}",
+        "name a column of plain numbers, or write them so",
+    )  # fmt: skip
 
 
 def _check_name(key: str, column: str, names: list[str], file: SourceFile) -> None:
     if column not in names:
-        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-        raise ConfigError(f"points.columns.{key}", column, f"is not a column of {file.label}", f"it has: {shown}")
+        shown = ", ".join(map(printable, names[:20])) + (", …" if len(names) > 20 else "")
+        raise ConfigError(f"points.columns.{key}", column, f"is not a column of {file.shown}", f"it has: {shown or 'none'}")
+    if names.count(column) > 1:
+        raise ConfigError(f"points.columns.{key}", column, f"names several columns of {file.shown}", "give each its own name")

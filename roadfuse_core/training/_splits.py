@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from roadfuse_core.models import read_checkpoint_info
 from roadfuse_core.settings import City, load_city
 from roadfuse_core.training._ground import Ground, lay_ground
 from roadfuse_core.training._recipe import Recipe
+from roadfuse_core.wildcards import find_paths
 
 __all__ = ["Splits", "city_files", "fraction_of", "lay_split", "split_recipe", "taught_cities"]
 
@@ -46,10 +46,10 @@ def city_files(recipe: Recipe, texts: Sequence[str], key: str) -> list[Path]:
     """
     out: list[Path] = []
     for text in texts:
-        found = sorted(glob.glob(str(recipe.root / Path(text).expanduser()), recursive=True))
+        found = find_paths(recipe.root, text)
         if not found:
             raise ConfigError(key, text, "matches no city file", "correct the path, or simulate and ingest cities first")
-        out += [Path(f).resolve() for f in found]
+        out += [path.resolve() for path in found]
     return sorted(set(out))
 
 

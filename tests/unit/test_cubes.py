@@ -407,7 +407,7 @@ def test_a_folder_stands_for_its_files(small_city):
 def test_files_of_a_time_range(small_city):
     plan = plan_ingest(small_city)
     chosen = files_between(small_city, plan, datetime(2026, 3, 30), datetime(2026, 3, 31))
-    assert [Path(c).name for c in chosen] == ["2026-03-30.parquet"]
+    assert [Path(c.path).name for c in chosen] == ["2026-03-30.parquet"]
     everything = files_between(small_city, plan, datetime(2026, 3, 1), datetime(2026, 5, 1, tzinfo=UTC))
     assert len(everything) == 3
     with pytest.raises(ConfigError, match="is not after"):

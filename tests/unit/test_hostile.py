@@ -121,7 +121,7 @@ def test_of_several_files_the_damaged_one_is_named(city):
     """It is found in the midst of reading, where Arrow tells what DuckDB found."""
     row = b"lon,lat,t\n13.001,47.001,2026-03-01T00:00:00\n"
     for name, more in (("a.csv", b""), ("b.csv", b"\xff\xfe,47.001,\n"), ("c.csv", b"13.003,47.003,2026-03-01T00:00:00\n")):
-        (city.root / name).write_bytes(row + more)
+        (city.root / name).write_bytes(row + row.splitlines(keepends=True)[1] * 2000 + more)
     with pytest.raises(DataError, match=r"^points\.sources: cannot read [^ ]*b\.csv \("):
         ingest(city, ["?.csv"])
 
