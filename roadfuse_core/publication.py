@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import icechunk
 from dask.distributed import Client
 
 from roadfuse_core.cluster import Progress, quiet
@@ -165,13 +164,15 @@ def _dumps(city: City) -> Dumps:
 
 def _dumps_at(city: City, record: MapRecord, entries: dict[str, LedgerEntry]) -> set[str]:
     """Names of the dumps of which a map was made."""
-    if record["cubes_snapshot"] is None:
+    snapshot = record["cubes_snapshot"]
+    if snapshot is None:
         return set()
-    try:
-        return set(read_group(open_repository(cubes_path(city)), snapshot=record["cubes_snapshot"])["ledger"].attrs["dumps"])
-    except icechunk.IcechunkError:  # that snapshot was expired: by the clock, then
-        made = datetime.fromisoformat(record["made"])
-        return {name for name, d in entries.items() if datetime.fromisoformat(d["committed"]) <= made}
+    repository = open_repository(cubes_path(city))
+    if snapshot in {s.id for s in repository.ancestry(branch="main")}:
+        return set(read_group(repository, snapshot=snapshot)["ledger"].attrs["dumps"])
+    # It was expired: by the clock, then; a record states whole seconds.
+    made = datetime.fromisoformat(record["made"]) + timedelta(seconds=1)
+    return {name for name, d in entries.items() if datetime.fromisoformat(d["committed"]) < made}
 
 
 def _facts(scored: MapScores | None, verdict: Verdict, reference: Reference) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 import json
 import math
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 
-from roadfuse_core.cubes import ingest, ledger
+from roadfuse_core.cubes import expire, ingest, ledger
 from roadfuse_core.errors import StoreError
 from roadfuse_core.inference import MapReader, infer, map_key, published, release, rollback
 from roadfuse_core.metrics import (
@@ -227,33 +230,48 @@ def test_other_labels_are_no_worse_map_and_do_not_hide_one(city):
     assert any("road went" in reason for reason in verdict.reasons), "the area of road is watched without labels"
 
 
+def add_dump(city, day, share):
+    """A dump of which a share of the rows lies elsewhere."""
+    table = pq.read_table(city.root / f"dumps/2026-03-{day}.parquet")
+    lon = table["lon"].to_numpy().copy()
+    lon[: int(share * len(lon))] += 5
+    path = city.root / f"{day}.parquet"
+    pq.write_table(table.set_column(table.column_names.index("lon"), "lon", pa.array(lon)), path)
+    ingest(city, [str(path)])
+
+
+def only_dumps(city):
+    """The city under a gate that looks at dumps alone."""
+    return edit(city, gate=dict.fromkeys(set(GateSpec.model_fields) - {"rejected_rise"}))
+
+
 def test_a_bad_dump_is_held_back_also_with_the_next_good_one_until_it_is_released(city):
-    def add(day, share):
-        """A dump of which a share of the rows lies elsewhere."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(city.root / f"dumps/2026-03-{day}.parquet")
-        lon = table["lon"].to_numpy().copy()
-        lon[: int(share * len(lon))] += 5
-        path = city.root / f"{day}.parquet"
-        pq.write_table(table.set_column(table.column_names.index("lon"), "lon", pa.array(lon)), path)
-        ingest(city, [str(path)])
-
-    city = edit(city, gate={"g_iou_drop": None, "g_iou_drift": None, "coverage_drop": None, "coverage_drift": None, "road_change": None,
-                            "road_drift": None})  # fmt: skip
-    add(29, 0)
+    city = only_dumps(city)
+    add_dump(city, 29, 0)
     assert refresh(city) == ()
-    add(30, 0.9)
+    add_dump(city, 30, 0.9)
     (reason,) = refresh(city)
     assert "lost 9" in reason
-    add(31, 0)
+    add_dump(city, 31, 0)
     (reason,) = refresh(city)
     assert "lost 9" in reason, "the good dump does not hide it"
     run("release", city)
     assert len(ledger(city)) == 3
     refreshed = use(city, 0.06)
     assert refresh(refreshed) == (), "what a person released is accepted"
+
+
+def test_a_bad_dump_is_told_where_the_snapshot_of_the_published_map_was_expired(city):
+    city = only_dumps(city)
+    add_dump(city, 29, 0)
+    assert refresh(city) == ()
+    # A dump of a later second than the map: the record of a map states whole seconds.
+    while datetime.now(UTC) < datetime.fromisoformat(MapReader(city).record["made"]) + timedelta(seconds=1):
+        pass
+    add_dump(city, 30, 0.9)
+    expire(city, datetime.now(UTC) + timedelta(days=1))
+    (reason,) = refresh(city)
+    assert "lost 9" in reason
 
 
 def test_a_release_is_what_later_maps_are_compared_with(city):
