@@ -106,7 +106,7 @@ def storing(workspace: Path) -> Iterator[None]:
     """A disk that is full or fails, as one line; what was published stays as it was.
 
     Raises:
-        StoreError: Something could not be written.
+        StoreError: Something could not be written, or a file of the repository is missing.
     """
     try:
         yield
@@ -117,6 +117,9 @@ def storing(workspace: Path) -> Iterator[None]:
         short = next(
             (line.strip(" │├╰─▶") for line in text.splitlines() if "o space" in line), text.splitlines()[0] if text else ""
         )
+        if isinstance(error, icechunk.IcechunkError) and "not found" in short:
+            raise StoreError(f"{workspace}: lacks a part of what it stores ({short}); restore it from a copy, or make it again "
+                             "in another workspace") from error  # fmt: skip
         raise StoreError(f"{workspace}: cannot be written ({short}); all is as before: make room and run again") from error
 
 

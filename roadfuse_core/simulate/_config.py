@@ -28,7 +28,7 @@ class CityKnobs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, description="another seed, another city")
+    seed: int = Field(0, ge=0, lt=2**63, description="another seed, another city")
     size_m: float = Field(2048.0, ge=256, description="edge of the square city, metres")
     resolution_m: float = Field(1.0, gt=0, description="pixel of the imagery and of the truth mask, metres")
     tile_px: int = Field(256, ge=64, description="tile edge written into city.yaml")

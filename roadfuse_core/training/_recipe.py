@@ -70,7 +70,7 @@ class NetworkSpec(_Spec):
 class SplitSpec(_Spec):
     """Which tiles of a city teach, which decide, and which are only scored."""
 
-    seed: int = Field(0, description="another seed, another split")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="another seed, another split")
     folds: int | None = Field(None, ge=3, le=20, description="cross validation: as many parts; else 70 / 10 / 20")
     fold: int = Field(0, ge=0, description="the part that is the test; the next one is the validation")
 
@@ -175,7 +175,7 @@ class Recipe(_Spec):
     stages: tuple[StageSpec, ...] = Field((StageSpec(),), min_length=1, description="one after the other, weights carry over")
     optimiser: OptimiserSpec = Field(OptimiserSpec(), description="how the weights move")
     augmentation: Augmentation = Field(Augmentation(), description="what windows go through")
-    seed: int = Field(1, ge=0, description="of initialisation, windows and augmentation")
+    seed: int = Field(1, ge=0, lt=2**32, description="of initialisation, windows and augmentation")
     window_px: int = Field(256, ge=32, le=2048, multiple_of=2, description="edge of a window")
     batch: int = Field(8, ge=1, description="windows a step, over all ranks")
     epoch_windows: int = Field(800, ge=1, description="windows an epoch")

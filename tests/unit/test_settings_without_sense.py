@@ -19,6 +19,7 @@ from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.grid import Bounds, make_grid
 from roadfuse_core.labels import open_map
 from roadfuse_core.settings import City, InvalidCityError, MapSpec, load_city, parse_assignments, parse_yaml
+from roadfuse_core.training import load_recipe
 
 CITY = {
     "name": "c", "workspace": "work", "model": {"weights": "kde"},
@@ -215,3 +216,13 @@ def test_an_unknown_crs_of_the_library_is_one_line():
 def test_two_sides_of_180_are_named_in_the_file(write):
     with pytest.raises(InvalidCityError, match="one city file for each side"):
         load_city(write(grid__bounds=[179, -17, -179, -16]))
+
+
+@pytest.mark.parametrize("seed", ["9" * 5000, str(2**70), "0x" + "f" * 5000, "-1"])
+def test_a_seed_beyond_all_bounds_is_one_line(tmp_path, seed):
+    (tmp_path / "recipe.yaml").write_text(f"base: sun2019\nseed: {seed}\n")
+    with pytest.raises(RoadFuseError, match=r"(?m)^(recipe: .*is not YAML|seed: .* is wrong)") as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert caught.value.exit_code == 2
+    assert [line for line in str(caught.value).splitlines() if "seed" in line or "not YAML" in line]
+    assert len(str(caught.value)) < 3000
