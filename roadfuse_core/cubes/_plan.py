@@ -381,13 +381,13 @@ def most_rows_per_slice(city: City) -> int:
     a_row = 2 * (sample + 8) + 16 + (170 if needs_vehicles(spec) else 0)
     # The reduce: the samples of a tile, those of one more shard, packed and unpacked, and four dense tiles.
     reduce = (TILE_ROWS + 2 * LEAST_ROWS_PER_SLICE) * sample + 24 * px**2
-    need = BASE_BYTES + max(DUCKDB_BYTES // 2 + LEAST_ROWS_PER_SLICE * a_row, reduce)
+    need = BASE_BYTES + max(DUCKDB_BYTES + LEAST_ROWS_PER_SLICE * a_row, reduce)
     if need > limit:
         raise ConfigError(
             "cluster.memory_gib", round(limit / GIB, 2), f"is less than the {need / GIB:.2f} GiB that a worker needs",
             "raise it, use fewer workers or smaller tiles",
         )  # fmt: skip
-    return min(ROWS_PER_SLICE, (limit - BASE_BYTES - DUCKDB_BYTES // 2) // a_row)
+    return min(ROWS_PER_SLICE, (limit - BASE_BYTES - DUCKDB_BYTES) // a_row)
 
 
 def files_between(city: City, plan: IngestPlan, since: datetime, until: datetime) -> list[SourceFile]:

@@ -32,7 +32,8 @@ __all__ = ["METRES_PER_SECOND", "Part", "Rows", "read_batches", "read_rows", "ro
 
 METRES_PER_SECOND = {"km/h": 1 / 3.6, "m/s": 1.0, "mph": 0.44704, "m/min": 1 / 60, "knots": 1852 / 3600}
 NO_TIME = np.iinfo(np.int64).min
-DUCKDB_BYTES = 800_000_000
+# What DuckDB may hold; it sorts on the disk what is more. A worker's plan counts with all of it.
+DUCKDB_BYTES = 400_000_000
 # Vehicles come together in so many buckets, each far smaller than a slice, so that slices can be cut by what there is.
 BUCKETS = 4096
 BATCH_ROWS = 14_336  # 112 KiB a column, which fit the cache

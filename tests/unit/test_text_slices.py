@@ -178,12 +178,14 @@ def write_large(path: Path, rows: int) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
 def test_memory_does_not_grow_with_a_text_file(tmp_path, suffix):
-    """8 million rows take a quarter more than 2 million at the most, and both stay within a worker's 2 GiB."""
+    """Where a worker has 1 GiB, 9 million rows take about as much as 4 million, in slices of less than a million."""
     peaks = []
-    for rows in (2_000_000, 8_000_000):
+    for rows in (4_000_000, 9_000_000):
         write_large(tmp_path / f"{rows}{suffix}", rows)
-        city = city_of(tmp_path, f"{rows}{suffix}", workspace=f"w{rows}")
+        city = city_of(tmp_path, f"{rows}{suffix}", workspace=f"w{rows}", memory_gib=1)
         peaks.append(peak_bytes(tmp_path / f"w{rows}.yaml"))
         assert sum(slices_of(city)) == rows
-    assert max(peaks) < 2 << 30
-    assert peaks[1] < 1.25 * peaks[0]
+        assert max(slices_of(city)) < 1_000_000
+    print(peaks)
+    assert max(peaks) < 1 << 30
+    assert peaks[1] < 1.15 * peaks[0]
