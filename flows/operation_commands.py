@@ -79,8 +79,8 @@ def serve(
     city = load_city(city_file)
     set_prefect_defaults()
     check_cron(cron)
-    require_server()
     require_workspace(city.workspace_path)
+    require_server()
     prepare_prefect()
     serve_city(city, city_file.resolve(), cron, watch_s)
 
