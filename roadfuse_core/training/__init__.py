@@ -10,7 +10,7 @@ from roadfuse_core.training._compare import (
     plan_runs,
     tabulate,
 )
-from roadfuse_core.training._estimate import estimate_seconds
+from roadfuse_core.training._estimate import estimate_seconds, made_up_batch
 from roadfuse_core.training._fit import DivergedError, Trained, TrainingStoppedError, check_recipe, train
 from roadfuse_core.training._ground import UNKNOWN, Cells, Ground, arrays_of_layers, lay_ground
 from roadfuse_core.training._recipe import InvalidRecipeError, Recipe, View, load_recipe, parse_vary
@@ -49,6 +49,7 @@ __all__ = [
     "lay_ground",
     "lay_split",
     "load_recipe",
+    "made_up_batch",
     "measure_speeds",
     "paired",
     "paired_differences",

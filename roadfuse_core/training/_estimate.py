@@ -22,7 +22,7 @@ from roadfuse_core.training._recipe import Recipe
 from roadfuse_core.training._splits import Splits
 from roadfuse_core.training._windows import Batch, Window, collate, draw, source_side_px
 
-__all__ = ["estimate_seconds"]
+__all__ = ["estimate_seconds", "made_up_batch"]
 
 TIMED_STEPS = 3
 POINTS_SHARE = 0.02  # of the pixels of a made-up window that hold points
@@ -42,7 +42,7 @@ def estimate_seconds(recipe: Recipe, splits: Splits) -> float:
         Seconds.
     """
     epochs = sum(stage.epochs for stage in recipe.stages)
-    ranks = recipe.ranks or default_ranks()
+    ranks = recipe.ranks or min(default_ranks(), recipe.batch)
     windows = max(1, recipe.batch // ranks)
     step_s = _step_seconds(recipe, windows)
     # A window of the validation goes forward alone, about a third of a step's operations.
@@ -96,7 +96,13 @@ class _StepWatch(Callback):
 
 
 def made_up_batch(recipe: Recipe, windows: int, seed: int) -> Batch:
-    """Random windows as large as the recipe's, with points on some of their pixels."""
+    """Random windows as large as the recipe's, with points on some of their pixels, as augmentation takes them.
+
+    Args:
+        recipe: Window, layers and augmentation.
+        windows: How many.
+        seed: Another seed, other windows.
+    """
     rng = np.random.default_rng(seed)
     return collate([_made_up_window(recipe, rng) for _ in range(windows)])
 
