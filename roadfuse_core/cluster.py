@@ -22,6 +22,7 @@ from roadfuse_core.errors import ConfigError, RoadFuseError
 from roadfuse_core.settings import City, ClusterSpec
 
 __all__ = [
+    "LOST",
     "ClusterLostError",
     "Progress",
     "count_gpus",

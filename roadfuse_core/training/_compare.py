@@ -18,6 +18,7 @@ from dask.distributed import Client
 from scipy import stats
 
 from roadfuse_core.cluster import Progress, quiet, run_jobs
+from roadfuse_core.errors import ConfigError
 from roadfuse_core.files import write_whole
 from roadfuse_core.models import build_network, describe, load_checkpoint
 from roadfuse_core.settings import load_city
@@ -25,7 +26,7 @@ from roadfuse_core.training._fit import check_recipe, train
 from roadfuse_core.training._ground import require_ground
 from roadfuse_core.training._pictures import panel, to_png, window_inputs
 from roadfuse_core.training._recipe import Recipe, load_recipe
-from roadfuse_core.training._score import SUITE, measure_speed, score_network
+from roadfuse_core.training._score import SUITE, measure_speed, score_network, to_device
 from roadfuse_core.training._splits import lay_split, split_recipe
 
 __all__ = [
@@ -107,7 +108,7 @@ def compare(
 
 def measure_speeds(recipes: dict[str, Recipe]) -> dict[str, float]:
     """Windows a second of each recipe's network, one after the other; weights do not matter to it."""
-    return {k: measure_speed(build_network(r.network_config()).eval(), r.view()) for k, r in recipes.items()}
+    return {k: measure_speed(to_device(build_network(r.network_config()).eval()), r.view()) for k, r in recipes.items()}
 
 
 def plan_runs(path: Path, vary: dict[str, list[Any]], out: Path, suite: bool = False) -> list[str]:
@@ -120,6 +121,11 @@ def plan_runs(path: Path, vary: dict[str, list[Any]], out: Path, suite: bool = F
 
 def _check(job: _Run) -> None:
     """Refuse a run that does not fit, unless it is done."""
+    if (job.recipe.ranks or 1) > 1:
+        raise ConfigError(
+            "ranks", job.recipe.ranks, "is for one training; a comparison runs its trainings side by side, each on one worker",
+            "leave it out",
+        )  # fmt: skip
     if not job.row_file.is_file():
         splits = check_recipe(job.recipe)
         for city in splits.test:
@@ -148,7 +154,7 @@ def _train_and_score(job: _Run, threads: int | None = None) -> dict[str, Any]:
     if job.row_file.is_file():
         return dict(json.loads(job.row_file.read_text()))
     train(job.recipe, out, threads=threads)
-    network, _ = load_checkpoint(out / "checkpoint.safetensors")
+    network = to_device(load_checkpoint(out / "checkpoint.safetensors")[0])
     minutes = json.loads((out / "done.json").read_text())["seconds"] / 60
     grounds = lay_split(job.recipe, split_recipe(job.recipe).test, job.recipe.target, out.parent / "ground")
     damages = SUITE if job.suite else SUITE[:2]

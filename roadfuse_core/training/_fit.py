@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import pickle
 import shutil
 import signal
-import socket
 import threading
 import time
 import warnings
@@ -19,16 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dask.distributed import Client
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
 
-from roadfuse_core.cluster import Progress, count_gpus, open_cluster, quiet, telling_loss
+from roadfuse_core.cluster import Progress, default_ranks, open_cluster, quiet, telling_loss
 from roadfuse_core.errors import ConfigError, RoadFuseError, StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.locks import COMMITTER, sole_writer
@@ -43,15 +36,20 @@ from roadfuse_core.models import (
 from roadfuse_core.settings import ClusterSpec, load_city
 from roadfuse_core.training._forests import fit_forests
 from roadfuse_core.training._ground import Ground, require_ground
+from roadfuse_core.training._loader import BatchLoader, readers_for
 from roadfuse_core.training._module import RoadModule
+from roadfuse_core.training._norms import share_norms
+from roadfuse_core.training._ranks import Meeting, Rank, run_ranks
 from roadfuse_core.training._recipe import Recipe
 from roadfuse_core.training._splits import Splits, city_files, fraction_of, lay_split, split_recipe, taught_cities
-from roadfuse_core.training._windows import StillWindows, TrainingWindows, WindowOrder, collate
+from roadfuse_core.training._states import StageEnd, StateFiles, load_state, usable_state
+from roadfuse_core.training._windows import BlankWindows, StillWindows, TrainingWindows, WindowOrder
 
 __all__ = ["DivergedError", "Trained", "TrainingStoppedError", "check_recipe", "train"]
 
 log = logging.getLogger(__name__)
 STATE_EVERY_S = 300.0  # time between two states within an epoch
+FEW_WINDOWS = 4  # of a rank and step, below which a batch norm's statistics are taken over all ranks
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,13 @@ def _complete(recipe: Recipe, out: Path, tell: Progress, threads: int | None, cl
     # From here on the folder is this recipe's; one that was refused does not keep it.
     write_whole(out / "recipe.json", recipe.model_dump_json(indent=1))
     write_whole(out / "splits.json", json.dumps(asdict(splits), indent=1))
-    began = time.perf_counter()
-    result = _run_ranks(recipe, grounds, out, recipe.ranks or max(1, count_gpus()), tell, threads, cluster)
-    write_whole(out / "done.json", json.dumps(result | {"seconds": time.perf_counter() - began}))
+    result = _run_ranks(recipe, grounds, out, _count_ranks(recipe), tell, threads, cluster)
+    write_whole(out / "done.json", json.dumps(result))
+
+
+def _count_ranks(recipe: Recipe) -> int:
+    """Ranks of a recipe on this machine; no more than there are windows in a batch."""
+    return recipe.ranks or min(default_ranks(), recipe.batch)
 
 
 def _require_own(out: Path, recipe: Recipe) -> None:
@@ -189,182 +191,82 @@ def _lay_all(recipe: Recipe, splits: Splits, folder: Path, tell: Progress) -> _G
     return _Grounds(tuple(stages), tuple(lay_split(recipe, splits.validation, recipe.target, folder, tell)))
 
 
-@dataclass(frozen=True)
-class _Rank:
-    """One process of a training.
-
-    Attributes:
-        number: Its rank.
-        of: Number of ranks.
-        address: Host of rank 0.
-        port: Where they meet.
-    """
-
-    number: int = 0
-    of: int = 1
-    address: str = "127.0.0.1"
-    port: int = 0
-
-
-class _Meeting(ClusterEnvironment):
-    """Where ranks that somebody else started find each other."""
-
-    def __init__(self, rank: _Rank) -> None:
-        super().__init__()
-        self.rank = rank
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    def main_address(self) -> str:
-        return self.rank.address
-
-    @property
-    def main_port(self) -> int:
-        return self.rank.port
-
-    @staticmethod
-    def detect() -> bool:
-        return False
-
-    def world_size(self) -> int:
-        return self.rank.of
-
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    def global_rank(self) -> int:
-        return self.rank.number
-
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    def local_rank(self) -> int:
-        return 0
-
-    def node_rank(self) -> int:
-        return self.rank.number
-
-
 def _run_ranks(
     recipe: Recipe, grounds: _Grounds, out: Path, ranks: int, tell: Progress, threads: int | None, cluster: ClusterSpec | None
 ) -> dict[str, Any]:
     if ranks == 1:
-        return run_stages(recipe, grounds, out, _Rank(), tell, threads)
-    spec = cluster or ClusterSpec(workers=ranks)
-    with open_cluster(spec) as client, telling_loss("training"):
-        workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
-        if len(workers) < ranks:
-            raise ConfigError("ranks", ranks, f"exceeds the {len(workers)} workers of the cluster", "start more of them")
-        return _on_workers(client, workers[:ranks], recipe, grounds, out)
-
-
-def _on_workers(client: Client, workers: list[str], recipe: Recipe, grounds: _Grounds, out: Path) -> dict[str, Any]:
-    """One rank a worker; all of them at once, or none: a rank that fails takes the others with it."""
-    host = workers[0].split("//")[1].rsplit(":", 1)[0]
-    port = client.submit(_free_port, workers=[workers[0]], pure=False).result()
-    futures = [
-        client.submit(run_stages, recipe, grounds, out, _Rank(k, len(workers), host, port), None, 1,
-                      workers=[w], pure=False, allow_other_workers=False)
-        for k, w in enumerate(workers)
-    ]  # fmt: skip
-    try:
-        return next(r for r in client.gather(futures) if r)
-    finally:
-        client.cancel(futures)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+        return run_stages(Rank(), recipe, grounds, out, tell, threads)
+    with open_cluster(cluster or ClusterSpec(workers=ranks)) as client, telling_loss("training"):
+        return run_ranks(client, ranks, run_stages, recipe, grounds, out)
 
 
 def run_stages(
-    recipe: Recipe, grounds: _Grounds, out: Path, rank: _Rank, tell: Progress | None = None, threads: int | None = None
+    rank: Rank, recipe: Recipe, grounds: _Grounds, out: Path, tell: Progress = quiet, threads: int | None = None
 ) -> dict[str, Any]:
     """All stages, on one rank; the first writes the checkpoint.
 
     Returns:
-        The validation's g_iou and the epochs run; of ranks other than the first, nothing.
+        The validation's g_iou, the epochs run and the seconds they took; of ranks other than the first, nothing.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
-    network, epochs, score = _begin(recipe), 0, 0.0
+    network = _begin(recipe)
+    if rank.of > 1 and recipe.batch // rank.of < FEW_WINDOWS:
+        share_norms(network)
     fit_forests(network, recipe, grounds.stages[0])
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    score, ends = 0.0, []
     for number, stage in enumerate(grounds.stages):
-        score, ran = _run_stage(RoadModule(network, recipe, number), grounds, stage, out, rank, tell or quiet)
-        epochs += ran
+        score, end = _run_stage(RoadModule(network, recipe, number), grounds, stage, out, rank, tell)
+        ends.append(end)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if rank.number:
         return {}
     _save(recipe, network, out)
-    return {"g_iou": score, "epochs": epochs}
+    return {"g_iou": score, "epochs": sum(end.epochs for end in ends), "seconds": sum(end.seconds for end in ends)}
 
 
 def _run_stage(
-    module: RoadModule, grounds: _Grounds, stage: tuple[Ground, ...], out: Path, rank: _Rank, tell: Progress
-) -> tuple[float, int]:
-    """One stage, from its last state; leaves the network with its weights, and tells its score and epochs."""
+    module: RoadModule, grounds: _Grounds, stage: tuple[Ground, ...], out: Path, rank: Rank, tell: Progress
+) -> tuple[float, StageEnd]:
+    """One stage, from its last state; leaves the network with its weights, and returns its score and what it took."""
     recipe, number = module.recipe, module.stage
     folder = out / f"stage-{number}"
-    weights, state, done = folder / f"{recipe.keep}.ckpt", folder / "last.ckpt", folder / "done.json"
-    if not done.is_file():
+    end = StageEnd.read(folder / "done.json")
+    if end is None:
+        state = usable_state(folder / "last.ckpt")
         trainer = _trainer(recipe, number, out, rank, tell)
         with warnings.catch_warnings():
             # Lightning's advice (workers, intervals of its log) is not for those who start a refresh.
             warnings.filterwarnings("ignore", module="lightning")
-            with _numbers_alone(state):
-                trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer),
-                            ckpt_path=state if state.is_file() else None, weights_only=True)  # fmt: skip
-        epochs = trainer.current_epoch
+            warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
+            trainer.fit(module, *_loaders(recipe, grounds, stage, number, rank, trainer), ckpt_path=state, weights_only=True)
+        end = StageEnd(trainer.current_epoch, module.seconds)
         if not rank.number:
-            write_whole(done, json.dumps(epochs))
-    else:
-        epochs = json.loads(done.read_text())
-    with _numbers_alone(weights):
-        held = torch.load(weights, map_location="cpu", weights_only=True)
+            end.write(folder / "done.json")
+    held = load_state(folder / f"{recipe.keep}.ckpt")
     module.load_state_dict(held["state_dict"])
-    return held["score"], epochs
-
-
-@contextmanager
-def _numbers_alone(path: Path) -> Iterator[None]:
-    """A state is read without running what it may hold: whoever can write into a run's folder runs nothing by it.
-
-    Raises:
-        StoreError: It holds something else than numbers and text.
-    """
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise StoreError(f"{path}: holds more than numbers and is no state of a training; remove it, train again") from error
+    return held["score"], end
 
 
 def _loaders(
-    recipe: Recipe, grounds: _Grounds, stage: tuple[Ground, ...], number: int, rank: _Rank, trainer: Trainer
-) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    # On a CPU the cores are busy with the step itself; beside a GPU, processes read ahead.
-    gpu = trainer.strategy.root_device.type == "cuda"
-    ahead: dict[str, Any] = {"num_workers": 4, "multiprocessing_context": "spawn", "persistent_workers": True} if gpu else {}
+    recipe: Recipe, grounds: _Grounds, stage: tuple[Ground, ...], number: int, rank: Rank, trainer: Trainer
+) -> tuple[BatchLoader, BatchLoader]:
+    device = trainer.strategy.root_device
+    readers, pinned = readers_for(device), device.type == "cuda"
     order = WindowOrder(recipe, lambda: trainer.global_step, rank.number, rank.of)
-    teaching: DataLoader[Any] = DataLoader(
-        TrainingWindows(recipe, stage, number),
-        batch_sampler=order,
-        collate_fn=collate,
-        pin_memory=gpu,
-        **ahead,  # type: ignore[arg-type]
-    )
     still = StillWindows(recipe.view(), grounds.validation)
     own = range(rank.number, len(still), rank.of)
-    deciding: DataLoader[Any] = DataLoader(still, batch_size=recipe.batch, sampler=list(own), collate_fn=collate)
-    return teaching, deciding
+    if not own:  # all ranks validate at the same time, or the others would wait
+        still, own = BlankWindows(recipe.view(), grounds.validation), range(1)
+    deciding = [list(own[k : k + recipe.batch]) for k in range(0, len(own), recipe.batch)]
+    return (
+        BatchLoader(TrainingWindows(recipe, stage, number), order, readers, pinned),
+        BatchLoader(still, deciding, readers, pinned),
+    )
 
 
-def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress) -> Trainer:
+def _trainer(recipe: Recipe, stage: int, out: Path, rank: Rank, tell: Progress) -> Trainer:
     folder = out / f"stage-{stage}"
     after: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}  # after every validation
     callbacks: list[Callback] = [_Teller(tell, recipe.stages[stage].epochs, stage)]
@@ -383,16 +285,18 @@ def _trainer(recipe: Recipe, stage: int, out: Path, rank: _Rank, tell: Progress)
     ]
     several: dict[str, Any] = {}
     if rank.of > 1:
-        environment = _Meeting(rank)
+        environment = Meeting(rank)
         several = {"strategy": DDPStrategy(cluster_environment=environment), "num_nodes": rank.of}
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    gpu = torch.cuda.is_available()
     trainer = Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=1, max_epochs=recipe.stages[stage].epochs,
+        accelerator="gpu" if gpu else "cpu", devices=1, deterministic="warn" if gpu else None,
+        max_epochs=recipe.stages[stage].epochs,
         precision="bf16-mixed" if recipe.precision == "bf16" else "32-true", gradient_clip_val=recipe.optimiser.clip,
         callbacks=callbacks, logger=logger if not rank.number else False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10,
-        default_root_dir=out, plugins=[_WholeFiles()], **several,
+        default_root_dir=out, plugins=[StateFiles()], **several,
     )  # fmt: skip
     return trainer
 
@@ -401,17 +305,6 @@ def _keep_log(folder: Path) -> None:
     """The log of a run that was killed gets a number, or Lightning would remove it."""
     if (folder / "metrics.csv").is_file():
         (folder / "metrics.csv").rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv')))}.csv")
-
-
-class _WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are whole or not there; Lightning's own writing passes through another folder, maybe of another disk."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        held, part = io.BytesIO(), Path(f"{path}.part")
-        torch.save(checkpoint, held)  # by itself it makes a full disk a RuntimeError
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(held.getbuffer())
-        part.replace(path)
 
 
 class _Teller(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,17 @@ class RoadModule(LightningModule):
         self.free_steps = round(self.steps * (1 - recipe.freeze_norm))  # after these, batch norms are frozen
         self.counts = torch.zeros(4, dtype=torch.int64)
         self.score = 0.0  # g_iou of the last validation
+        self.earlier_s = 0.0  # of the runs before the state from which this one goes on
+        self.began_s = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time of this stage so far, of all the runs of which its state is made."""
+        return self.earlier_s + time.perf_counter() - self.began_s
+
+    def on_fit_start(self) -> None:
+        """The watch starts."""
+        self.began_s = time.perf_counter()
 
     def train(self, mode: bool = True) -> RoadModule:
         """Training mode; batch norms that are frozen keep their statistics and norm by them, as at inference."""
@@ -82,7 +94,9 @@ class RoadModule(LightningModule):
             )
             loss = deep_loss(self.network, exact, made.labels, made.known, LOSSES[self.recipe.loss])
         self.log("loss", loss, prog_bar=True, on_step=True, batch_size=len(batch))
-        return loss
+        ranks = self.trainer.world_size
+        # Gradients are averaged over ranks, which may have unequal shares of the batch.
+        return loss * (len(batch) * ranks / self.recipe.batch) if ranks > 1 else loss
 
     def on_validation_epoch_start(self) -> None:
         """Nothing counted yet."""
@@ -109,12 +123,14 @@ class RoadModule(LightningModule):
             self.lr_schedulers().step(self.score)  # type: ignore[union-attr, arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The score goes with the state."""
+        """The score and the time go with the state."""
         checkpoint["score"] = self.score
+        checkpoint["seconds"] = self.seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """And comes back with it."""
+        """And come back with it; older states have no time."""
         self.score = checkpoint["score"]
+        self.earlier_s = checkpoint.get("seconds", 0.0)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule of the recipe."""

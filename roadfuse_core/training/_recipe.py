@@ -39,8 +39,11 @@ class InvalidRecipeError(RoadFuseError, ValueError):
     exit_code = 2
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NetworkSpec(_Spec):
@@ -70,7 +73,7 @@ class NetworkSpec(_Spec):
 class SplitSpec(_Spec):
     """Which tiles of a city teach, which decide, and which are only scored."""
 
-    seed: int = Field(0, ge=-(2**63), lt=2**63, description="another seed, another split")
+    seed: Seed = Field(0, description="another seed, another split")
     folds: int | None = Field(None, ge=3, le=20, description="cross validation: as many parts; else 70 / 10 / 20")
     fold: int = Field(0, ge=0, description="the part that is the test; the next one is the validation")
 
@@ -112,7 +115,7 @@ class StageSpec(_Spec):
     labels: ClassName | Literal["existing_map"] = Field(
         "roads", description="which map of the city teaches: a class of its labels, or existing_map"
     )
-    epochs: int = Field(30, ge=1, description="epochs of the stage")
+    epochs: int = Field(30, ge=1, le=1_000_000, description="epochs of the stage")
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training tiles that are used")
 
 
@@ -172,20 +175,28 @@ class Recipe(_Spec):
         description="GPS layers in channel order",
     )
     loss: str = Field("bce+dice", description=f"one of {', '.join(LOSSES)}")
-    stages: tuple[StageSpec, ...] = Field((StageSpec(),), min_length=1, description="one after the other, weights carry over")
+    stages: tuple[StageSpec, ...] = Field((StageSpec(),), description="one after the other, weights carry over")
     optimiser: OptimiserSpec = Field(OptimiserSpec(), description="how the weights move")
     augmentation: Augmentation = Field(Augmentation(), description="what windows go through")
     seed: int = Field(1, ge=0, lt=2**32, description="of initialisation, windows and augmentation")
     window_px: int = Field(256, ge=32, le=2048, multiple_of=2, description="edge of a window")
-    batch: int = Field(8, ge=1, description="windows a step, over all ranks")
-    epoch_windows: int = Field(800, ge=1, description="windows an epoch")
+    batch: int = Field(8, ge=1, le=65_536, description="windows a step, over all ranks")
+    epoch_windows: int = Field(800, ge=1, le=10**9, description="windows an epoch")
     road_bias: Share = Field(0.5, description="share of windows drawn from tiles in proportion to their road")
     precision: Literal["bf16", "32"] = Field("bf16", description="of the forward and backward pass")
     freeze_norm: Share = Field(0.2, description="share of each stage, its last, in which batch norms keep their statistics")
-    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better validation")
+    patience: int | None = Field(None, ge=1, le=1_000_000, description="stop after so many epochs without a better validation")
     keep: Literal["last", "best"] = Field("last", description="weights of the last epoch, or of the best validation")
-    ranks: int | None = Field(None, ge=1, description="processes that share the batch; by default one a GPU")
+    ranks: int | None = Field(None, ge=1, le=65_536, description="processes that share the batch; by default one a GPU")
     root: Path = Field(Path(), exclude=True, description="folder of the recipe")
+
+    @field_validator("stages")
+    @classmethod
+    def _some_stage(cls, value: tuple[StageSpec, ...]) -> tuple[StageSpec, ...]:
+        # As a length of the field it would be told beside every error within a stage.
+        if not value:
+            raise ValueError("give at least 1")
+        return value
 
     @field_validator("loss")
     @classmethod
@@ -196,8 +207,8 @@ class Recipe(_Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        if self.batch % (self.ranks or 1):
-            raise ValueError(f"batch {self.batch} cannot be shared by {self.ranks} ranks; make it a multiple")
+        if (self.ranks or 1) > self.batch:
+            raise ValueError(f"ranks {self.ranks} are more than the windows of a batch, {self.batch}; take fewer")
         if self.epoch_windows < self.batch:
             raise ValueError(f"epoch_windows {self.epoch_windows} is less than one batch of {self.batch}")
         return self

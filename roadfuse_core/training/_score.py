@@ -22,7 +22,7 @@ from roadfuse_core.training._module import confusion_sums
 from roadfuse_core.training._recipe import View
 from roadfuse_core.training._windows import StillWindows, Window, collate
 
-__all__ = ["SUITE", "Damage", "Scored", "measure_speed", "score_network"]
+__all__ = ["SUITE", "Damage", "Scored", "measure_speed", "score_network", "to_device"]
 
 Change = Callable[[np.random.Generator, int], dict[str, Any]]
 
@@ -88,6 +88,11 @@ class _Damaged(StillWindows):
         change = self.damage.change(np.random.default_rng([self.key, 91, number]), self.view.window_px)
         window.change |= {k: np.asarray(v, np.float32) for k, v in change.items()}
         return window
+
+
+def to_device(network: Network) -> Network:
+    """The network on this process's GPU, if it has one."""
+    return network.to("cuda:0") if torch.cuda.is_available() else network
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from roadfuse_core.models import CheckpointInfo, Network, load_checkpoint, read_
 from roadfuse_core.settings import City
 from roadfuse_core.training._ground import lay_ground
 from roadfuse_core.training._recipe import View
-from roadfuse_core.training._score import SUITE, score_network
+from roadfuse_core.training._score import SUITE, score_network, to_device
 
 __all__ = ["run_suite", "write_curves"]
 
@@ -71,7 +71,7 @@ def run_suite(cities: Sequence[City], checkpoints: Sequence[Path], out: Path, te
     chosen = [_choose_tiles(city, infos) for city in cities]
     rows = []
     for name, path in names.items():
-        network, info = load_checkpoint(path)
+        network, info = to_device(load_checkpoint(path)[0]), infos[name]
         for city, tiles in zip(cities, chosen, strict=True):
             for row in _score_city(city, network, info, tiles.tiles, tell):
                 rows.append({"network": name, **row, "tiles": len(tiles.tiles), "tiles_from": tiles.source[name]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from roadfuse_core.training._ground import Cells, Ground
+from roadfuse_core.training._ground import UNKNOWN, Cells, Ground
 from roadfuse_core.training._recipe import Augmentation, Recipe, View
 
 __all__ = [
     "Batch",
+    "BlankWindows",
     "Draws",
     "StillWindows",
     "TrainingWindows",
@@ -23,6 +24,7 @@ __all__ = [
     "WindowOrder",
     "collate",
     "draw",
+    "share_of_batch",
     "source_side_px",
     "stillness",
 ]
@@ -118,10 +120,18 @@ class Batch:
     tile: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """All of it on a device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "draws"}
-        draws = Draws(**{f.name: getattr(self.draws, f.name).to(device, non_blocking=True) for f in fields(Draws)})
-        return Batch(draws=draws, **moved)
+        """All of it on a device; from pinned memory beside what this process does next."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """All of it in memory from which a GPU copies by itself."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Another batch of changed tensors."""
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "draws"}
+        draws = Draws(**{f.name: change(getattr(self.draws, f.name)) for f in fields(Draws)})
+        return Batch(draws=draws, **tensors)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -267,6 +277,18 @@ class StillWindows(Dataset[Window]):
         return Window(image, scored, cells, stillness(), seed, tile)
 
 
+class BlankWindows(StillWindows):
+    """The same windows without labels, so that nothing of them is scored."""
+
+    def __getitem__(self, number: int) -> Window:
+        return replace(super().__getitem__(number), label=np.full((self.side, self.side), UNKNOWN, np.uint8))
+
+
+def share_of_batch(batch: int, rank: int, ranks: int) -> range:
+    """Places of a batch that a rank reads; half-open, in the order of the ranks, and as equal as whole windows can be."""
+    return range(rank * batch // ranks, (rank + 1) * batch // ranks)
+
+
 class WindowOrder(Sampler[list[int]]):
     """Window numbers of one rank's batches, for the rest of the epoch that is under way.
 
@@ -296,9 +318,7 @@ class WindowOrder(Sampler[list[int]]):
         return (self._batch(step) for step in range(begin, end))
 
     def _batch(self, step: int) -> list[int]:
-        own = self.batch // self.ranks
-        first = step * self.batch + self.rank * own
-        return list(range(first, first + own))
+        return [step * self.batch + place for place in share_of_batch(self.batch, self.rank, self.ranks)]
 
 
 def collate(windows: list[Window]) -> Batch:

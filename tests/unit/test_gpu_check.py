@@ -27,6 +27,7 @@ def tiny(script):
     return script.Sizes(city_m=256, small_m=256, width=0.0625, window_px=64, batch=3, steps=9, runs=1)
 
 
+@pytest.mark.slow
 def test_all_checks_run_and_state_what_they_want(script, tiny, tmp_path, capsys):
     rows = {row.check: row for row in script.run_checks(tmp_path, tiny, torch.device("cpu"))}
     assert {name for name, row in rows.items() if row.wanted} == {
@@ -46,6 +47,7 @@ def test_all_checks_run_and_state_what_they_want(script, tiny, tmp_path, capsys)
     assert "training again, weights" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_map_that_differs_from_the_cpus_fails(script, tiny, tmp_path, monkeypatch):
     city = script.make_city(tmp_path / "city", tiny.small_m)
     weights = script.make_weights(tmp_path, tiny)

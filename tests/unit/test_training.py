@@ -93,7 +93,7 @@ def test_names_are_exported():
         ({"network.change": {"modalities": {"image": 3, "lidar": 2}}}, "modalities: {'lidar': 2} is not what windows hold"),
         ({"network.change": {"modalities": {"image": 4, "gps": 2}}}, "modalities: {'image': 4} is not what windows hold"),
         ({"loss": "mse"}, "^loss: 'mse' is wrong; use one of bce, "),
-        ({"batch": 5, "ranks": 2}, "cannot be shared by 2 ranks"),
+        ({"batch": 2, "ranks": 3}, "ranks 3 are more than the windows of a batch, 2"),
         ({"epoch_windows": 2}, "less than one batch"),
         ({"augmentation.drop_image": 0.6, "augmentation.drop_gps": 0.6}, "exceed 1"),
         ({"augmentation.scale": [2, 1]}, "low ≤ high"),
@@ -119,7 +119,7 @@ def test_recipes_that_do_not_fit_the_data_are_refused_before_the_first_step(reci
         for key, value in (city_changes or {}).items():
             raw.pop(key) if value is None else raw.update({key: value})
         (folder / "city.yaml").write_text(yaml.safe_dump(raw))
-        monkeypatch.setattr(training._fit, "run_stages", lambda *a: pytest.fail("a step was taken"))
+        monkeypatch.setattr(training._fit, "run_stages", lambda *_: pytest.fail("a step was taken"))
         with pytest.raises(ConfigError, match=match):
             train(recipe(cities=[str(folder / "city.yaml")], **changes), folder / "run")
 
