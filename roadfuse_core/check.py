@@ -26,6 +26,7 @@ from roadfuse_core.points import (
     describe_suspects,
     empty_files,
     judge_rows,
+    left_out,
     materialise,
     read_rows,
     rolled_over_us,
@@ -37,6 +38,7 @@ from roadfuse_core.settings import City, ImagerySpec, InvalidCityError, MapSpec
 __all__ = ["check_city", "check_refresh"]
 
 SAMPLE_ROWS = 50_000
+DAY_US = 86_400_000_000
 # A metre of the grid's CRS that differs from one on the ground by more is mentioned; one beyond the other bound is refused.
 TRUE_METRE = 0.02
 MIN_METRE = 0.1
@@ -155,6 +157,9 @@ def _check_points(city: City) -> list[str]:
     found = [", ".join(text for text in said if text)]
     found += [f"points: {f.shown} is empty" for f in empty[:5]]
     found += [f"{s.reason} (left out)" for s in (*left, *damaged)]
+    if others := left_out(city):
+        names = ", ".join(printable(Path(path).name) for path in others[:5]) + (", …" if len(others) > 5 else "")
+        found.append(f"points: {len(others)} other files below the sources are not read: {names}")
     if (step := single_precision_step(city, files)) > 0.5:
         found.append(f"points: positions are stored in 32 bits and step by {step:.1f} px here; store them in 64 bits")
     found += _check_cube(city)
@@ -204,6 +209,8 @@ def _check_sample(city: City, grid: Grid, file: SourceFile) -> list[str]:
         )  # fmt: skip
     kept = rows.time_us[reason == Reason.KEPT] if len(rows.time_us) else rows.time_us
     warned = describe_suspects(*count_suspects(kept, rolled_over_us()), len(kept))
+    if len(np.unique(kept)) > 1 and len(np.unique(kept % DAY_US)) == 1:
+        warned.append("all times are of one time of the day: if it is in a column of its own, write both as one")
     name = printable(Path(file.member or file.path).name)
     return [f"points: {share[Reason.KEPT]:.1%} of the first {len(reason):,} rows of {name} fall on the grid",
             *(f"points: {line}" for line in warned)]  # fmt: skip

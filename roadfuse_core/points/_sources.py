@@ -40,6 +40,7 @@ from roadfuse_core.files import replacing
 from roadfuse_core.grid import fit_projection
 from roadfuse_core.points._footer import stated_rows
 from roadfuse_core.points._layout import layout_of_parquet, layout_of_text, point_number, texts_of
+from roadfuse_core.points._other_formats import fix_for_column, fix_for_file
 from roadfuse_core.points._text import WEB, Head, ending, is_packed, read_head
 from roadfuse_core.points._text_rows import estimate_rows
 from roadfuse_core.points._times import is_number
@@ -53,6 +54,7 @@ __all__ = [
     "empty_files",
     "find_sources",
     "identify",
+    "left_out",
     "matches",
     "materialise",
     "open_bytes",
@@ -148,12 +150,13 @@ def find_sources(
         listed, inner = _listed(city, text)
         files = _expand(listed, inner)
         if not files and not (archived and archived(_absolute(city, text))):
-            raise ConfigError("points.sources", text, "matches no file", "correct the path or the pattern")
+            raise _nothing(city, text)
         found.update(files)
     for file in found:
         _require_name(file)
         if not ending(file.member or file.path).endswith((*PARQUET, *TEXT, ".zip")):
-            raise ConfigError("points.sources", file.shown, "is neither Parquet nor text", f"use {', '.join(PARQUET + TEXT)}")
+            fix = fix_for_file(file.member or file.path, PARQUET + TEXT)
+            raise ConfigError("points.sources", file.shown, "is neither Parquet nor text", fix)
     return sorted(found, key=lambda f: f.label)
 
 
@@ -161,6 +164,31 @@ def _absolute(city: City, text: str) -> str:
     """A source without the members of an archive, as a path or URL that stands for itself."""
     outer, _ = _parted(city, text)
     return outer if "://" in outer or "\0" in outer else str(city.path(outer))
+
+
+def _nothing(city: City, text: str) -> ConfigError:
+    """Why a source gives no file: there is none, or there are files of other kinds."""
+    others = left_out(city, [text])
+    if not others:
+        return ConfigError("points.sources", text, "matches no file", "correct the path or the pattern")
+    shown = ", ".join(printable(Path(path).name) for path in others[:3]) + (", …" if len(others) > 3 else "")
+    return ConfigError(
+        "points.sources", text, f"holds neither Parquet nor text, but {shown}", fix_for_file(others[0], PARQUET + TEXT)
+    )
+
+
+def left_out(city: City, sources: Sequence[str] | None = None) -> list[str]:
+    """Files below the folders among the sources that are taken for no data, sorted; hidden ones are not counted.
+
+    Args:
+        city: The city.
+        sources: Instead of the city's own.
+    """
+    here = [text for text in sources or _points(city).sources if "://" not in text]
+    matched = [find_paths(city.root, _parted(city, text)[0]) for text in here]
+    folders = [path for paths in matched if not any(p.is_file() for p in paths) for path in paths]
+    others = {path for folder in folders for path in _walk(str(folder)) if not _is_data(path)}
+    return sorted(path for path in others if not Path(path).name.startswith((".", "_")))
 
 
 def _require_name(file: SourceFile) -> None:
@@ -709,7 +737,7 @@ def _check_numbers(key: str, column: str, texts: list[str], spec: PointsSpec, fi
 
 def _check_name(key: str, column: str, names: list[str], file: SourceFile) -> None:
     if column not in names:
-        shown = ", ".join(map(printable, names[:20])) + (", …" if len(names) > 20 else "")
-        raise ConfigError(f"points.columns.{key}", column, f"is not a column of {file.shown}", f"it has: {shown or 'none'}")
+        fix = fix_for_column(column, [printable(name) for name in names], file.path)
+        raise ConfigError(f"points.columns.{key}", column, f"is not a column of {file.shown}", fix)
     if names.count(column) > 1:
         raise ConfigError(f"points.columns.{key}", column, f"names several columns of {file.shown}", "give each its own name")
