@@ -509,6 +509,8 @@ def test_images_are_found_in_folders_and_without_what_lies_beside_them(tmp_path)
     assert found("image*/*.tif*") == every[:2]
     assert found("image*/*.t*") == every[:2]
     assert found("images [1]/d[2].tif") == [every[1]]
+    within = City(name="c", workspace="w", grid={"bounds": (13, 47, 13.1, 47.1)}, imagery={"sources": ["*.tif"]}, root=folder)
+    assert find_imagery(within) == [str(folder / "a.tif"), str(folder / "d[2].tif")]
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ConfigError, match=r"imagery\.sources: 'nothing' matches no file"):
         found("nothing")
