@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 
-__all__ = ["CityFile", "console", "prepare_prefect", "set_prefect_defaults"]
+__all__ = ["CityFile", "console", "prepare_prefect", "set_prefect_defaults", "without_login"]
 
 # Names of files, labels and maps are printed as they are: "[1]" is no markup, ":car:" is no picture.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -31,9 +32,15 @@ def set_prefect_defaults() -> None:
         os.environ.setdefault(name, value)
 
 
+def without_login(address: str) -> str:
+    """An address as it may be printed: without `user:password@`."""
+    where = urlsplit(address).netloc
+    return address.replace(where, where.rpartition("@")[2], 1)
+
+
 def prepare_prefect() -> None:
     """Set the defaults for Prefect, and print where a run will be seen."""
     set_prefect_defaults()
     address = os.environ.get("PREFECT_API_URL")
-    where = f"running on the Prefect server at {address}" if address else OWN_SERVER
+    where = f"running on the Prefect server at {without_login(address)}" if address else OWN_SERVER
     Console(stderr=True, highlight=False, markup=False, emoji=False).print(where, style="dim")

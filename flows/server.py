@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flows.console import without_login
 from roadfuse_core.errors import ConfigError, StoreError
 from roadfuse_core.files import write_whole
 from roadfuse_core.settings import City
@@ -53,7 +54,7 @@ def require_server() -> None:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=ANSWER_S):
             return
     except (OSError, ValueError) as error:
-        raise ConfigError("PREFECT_API_URL", address, f"does not answer ({error})",
+        raise ConfigError("PREFECT_API_URL", without_login(address), f"does not answer ({error})",
                           "start `prefect server start`, or correct the address; it ends in /api") from error  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.console import prepare_prefect
 from tasks.progress import ConsoleProgress, SafeProgress
 
 # Closing tags, styles and pictures of rich; the slash of the first comes from a folder called "x[".
@@ -62,6 +63,15 @@ def test_output_that_cannot_be_written_is_no_success(city_file):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 4
     assert done.stderr.startswith(b"error: ")
+
+
+def test_the_address_of_a_server_is_printed_without_its_password(monkeypatch, capsys):
+    monkeypatch.setenv("PREFECT_API_URL", "https://somebody:word-of-nobody@prefect.example:4200/api")
+    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "WARNING")
+    prepare_prefect()
+    told = capsys.readouterr().err
+    assert "prefect.example:4200/api" in told
+    assert "word-of-nobody" not in told
 
 
 @pytest.mark.parametrize("terminal", [True, False])
