@@ -142,7 +142,7 @@ def test_an_id_means_the_same_vehicle_whatever_its_type_in_a_file(tmp_path, requ
     if sliced:
         request.getfixturevalue("small_slices")
     frame = cars(60, 30)
-    result = ingest_frames(tmp_path / "d", [frame, frame.assign(vid=ID_FORMS[form](frame.vid))])
+    result = ingest_frames(tmp_path / "d", [frame, frame.assign(vid=ID_FORMS[form](frame.vid))[::-1]])
     assert (result.kept, result.rejected) == (1800, {"duplicate": 1800})
     assert result.slices > 1 if sliced else result.slices == 1
 
