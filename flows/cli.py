@@ -184,7 +184,7 @@ def ingest(
     plan = plan_ingest(city, files, replace)
     if dry_run or not plan.dump or plan.dump == replace:
         _show_plan(city, plan, as_json, replace)
-        if not dry_run and not files:
+        if not dry_run and not files and (plan.skipped or read_skipped(city)):
             ingest_dumps(city, replace=replace)  # writes down what is left out
             _refuse_damaged(city)
         return

@@ -8,6 +8,7 @@ from typing import Any
 
 import icechunk
 import numpy as np
+import rioxarray  # noqa: F401  gives data sets their `.rio`
 import xarray as xr
 import zarr
 from numpy.typing import NDArray

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.server import start_server
+from roadfuse_core.cubes import ingest
 from roadfuse_core.errors import ConfigError
 
 pytestmark = pytest.mark.prefect
@@ -70,6 +71,7 @@ def test_a_cron_line_that_never_comes_is_one_clear_line(small_city, cron):
 
 def test_serving_without_a_server_is_one_clear_line(small_city):
     command = [sys.executable, "-m", "flows.cli", "serve", str(small_city.root / "city.yaml")]
+    ingest(small_city)  # a served city has a workspace
     away = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=away)
     assert done.returncode == 2

@@ -28,11 +28,14 @@ def city(name: str, real_data: Path, workspace: Path) -> City:
 
 def independent_count(c: City, archive: Path, delimiter: str, names: list[str] | None, crs: str, columns: tuple[str, str]):
     """Rows, and the sum of points on the grid, by pandas, NumPy and PROJ alone."""
-    frames = []
+    frames, seen = [], set()
     with zipfile.ZipFile(archive) as z:
         for member in z.namelist():
             if member.endswith((".csv", ".txt")) and "__MACOSX" not in member and ("trips/" in member or ".csv" in member):
-                frames.append(pd.read_csv(io.BytesIO(z.read(member)), sep=delimiter, header=None if names else 0, names=names))
+                content = z.read(member)
+                if content not in seen:  # a copy counts once
+                    frames.append(pd.read_csv(io.BytesIO(content), sep=delimiter, header=None if names else 0, names=names))
+                seen.add(content)
     table = pd.concat(frames)
     x, y = (pd.to_numeric(table[k], errors="coerce").to_numpy(float) for k in columns)
     g = c.make_grid()

@@ -53,8 +53,9 @@ def test_a_name_that_is_no_utf8_is_printed(city_file):
         file.write("lon,lat\n")
     command = [sys.executable, "-m", "flows.cli", "check", city_file]
     done = subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
-    assert b"/dumps/\\udcff.csv is empty\n" in done.stdout
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert b"udcff.csv' has a name that is not UTF-8; rename the file" in done.stderr
 
 
 def test_output_that_cannot_be_written_is_no_success(city_file):

@@ -112,13 +112,18 @@ def test_two_ranks_share_all_windows_and_none_twice(recipe, tmp_path):
     assert sorted(parts, key=min)[0][:6] == [0, 1, 2, 6, 7, 8], "each rank has half of every batch"
 
 
+def _as_in_a_terminal():
+    """A suite that runs in the background passes on that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_says_how_to_go_on(city, tmp_path, kind):
     path = city.root.parent / f"interrupted-{kind}.yaml"
     path.write_text(yaml.safe_dump(TINY | {"stages": [{"epochs": 400}]}))
     command = [sys.executable, "-m", "flows.cli", "train", str(path), "--out", str(tmp_path / "run")]
     state = tmp_path / "run/stage-0/last.ckpt"
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_as_in_a_terminal)
     while not state.is_file():
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.02)
