@@ -166,11 +166,12 @@ def faults_of(file: Path) -> Iterator[Fault]:
 
 
 def _as_fault(kind: str, name: str, text: str, offsets: list[int], node: ast.AST, made: ast.AST) -> Iterator[Fault]:
-    before = ast.get_source_segment(text, node)
-    if before is None or "\n" in before:
-        return
     line: int = node.lineno  # type: ignore[attr-defined]
-    column = len(text.splitlines()[line - 1].encode()[: node.col_offset].decode())  # type: ignore[attr-defined]
+    if line != node.end_lineno:  # type: ignore[attr-defined]
+        return
+    whole = text[offsets[line - 1] : offsets[line]].encode()
+    column = len(whole[: node.col_offset].decode())  # type: ignore[attr-defined]
+    before = whole[node.col_offset : node.end_col_offset].decode()  # type: ignore[attr-defined]
     after = ast.unparse(ast.fix_missing_locations(made))
     if isinstance(node, ast.expr) and not isinstance(made, ast.Constant | ast.Call | ast.Name):
         after = f"({after})"

@@ -309,12 +309,15 @@ def _loses_a_worker(city: City, before, expected, what: str, least: int) -> None
     assert same(layers(city), expected)
 
 
-@pytest.mark.parametrize("what", ["predicting windows", "writing the mosaic"])
+LATER = pytest.param("writing the mosaic", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("what", ["predicting windows", LATER])
 def test_killed_and_run_again_gives_the_same_map(city, two_maps, what):
     _dies_and_is_run_again(city, *two_maps, what, 1)
 
 
-@pytest.mark.parametrize("what", ["predicting windows", "writing the mosaic"])
+@pytest.mark.parametrize("what", ["predicting windows", LATER])
 def test_a_killed_worker_costs_nothing_but_time(city, two_maps, what):
     _loses_a_worker(city, *two_maps, what, 1)
 
