@@ -20,7 +20,9 @@ from tests.unit.test_changes import write_dump
 @pytest.fixture
 def city(small_city):
     """Mapped by kernel density, which is quick, from points alone; scored, and tuned."""
-    city = small_city.model_copy(update={"imagery": None, "model": small_city.model.model_copy(update={"weights": "kde"})})
+    city = small_city.model_copy(
+        update={"imagery": None, "model": small_city.model.model_copy(update={"weights": "kde", "batch": 3})}
+    )
     ingest(city, ["dumps/2026-03-29.parquet"])
     infer(city)
     score_city(city)
