@@ -28,6 +28,8 @@ def set_prefect_defaults() -> None:
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_LEVEL": "INFO" if os.environ.get("PREFECT_API_URL") else "WARNING",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "roadfuse_core",
+        # Lines outside a run, such as who holds a lock, go to the terminal alone.
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     }.items():
         os.environ.setdefault(name, value)
 
