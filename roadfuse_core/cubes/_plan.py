@@ -40,6 +40,7 @@ from roadfuse_core.points import (
     matches,
     materialise,
     needs_vehicles,
+    points_of,
     read_rows,
     shift_datum,
     time_span,
@@ -62,7 +63,6 @@ __all__ = [
     "most_rows_per_slice",
     "other_settings",
     "plan_ingest",
-    "points_of",
     "read_settings",
     "require_same_cube",
     "rows_per_slice",
@@ -496,12 +496,6 @@ def forecast(city: City, plan: IngestPlan) -> Forecast:
     share = kept / max(1, sampled)
     return Forecast(sampled, share, tiles, periods, plan.rows * share / max(1, tiles * periods),
                     tiles * (periods + 1) * len(arrays_of(spec)), seconds)  # fmt: skip
-
-
-def points_of(city: City) -> PointsSpec:
-    if city.points is None:
-        raise ConfigError("points", None, "is missing", "add a points section to ingest trajectories")
-    return city.points
 
 
 @dataclass(frozen=True)

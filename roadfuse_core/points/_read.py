@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from roadfuse_core.errors import ConfigError, DataError, StoreError, printable, without_secrets
 from roadfuse_core.files import replacing
 from roadfuse_core.points._layout import ABSENT, Layout, layout_of_parquet, layout_of_text
-from roadfuse_core.points._sources import PARQUET, open_bytes
+from roadfuse_core.points._opening import PARQUET, open_bytes
 from roadfuse_core.points._text import ending, is_packed, read_head, require_whole
 from roadfuse_core.points._times import Clock, time_sql
 from roadfuse_core.points._vehicles import NO_VEHICLE, quoted, vehicle_number
