@@ -2,23 +2,10 @@
 
 from roadfuse_core.cubes._chunks import Chunks
 from roadfuse_core.cubes._expire import Expiry, expire
+from roadfuse_core.cubes._forecast import Forecast, forecast
 from roadfuse_core.cubes._ingest import changed_tiles, ingest
-from roadfuse_core.cubes._plan import (
-    Forecast,
-    IngestPlan,
-    LedgerEntry,
-    Snapshot,
-    cubes_path,
-    files_between,
-    find_new,
-    forecast,
-    ledger,
-    other_settings,
-    plan_ingest,
-    require_same_cube,
-    snapshots,
-    worker_memory,
-)
+from roadfuse_core.cubes._ledger import LedgerEntry, Snapshot, cubes_path, ledger, other_settings, require_same_cube, snapshots
+from roadfuse_core.cubes._plan import IngestPlan, files_between, find_new, plan_ingest, worker_memory
 from roadfuse_core.cubes._read import CubeReader
 from roadfuse_core.cubes._render import FIXED_POINT, MEANS, Layer, halo_px, render
 from roadfuse_core.cubes._repository import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import icechunk
 
 from roadfuse_core.cubes._ingest import leftover_shards, remove_shards
-from roadfuse_core.cubes._plan import cubes_path
+from roadfuse_core.cubes._ledger import cubes_path
 from roadfuse_core.cubes._repository import MAIN, open_repository
 from roadfuse_core.errors import StoreError
 from roadfuse_core.locks import COMMITTER, INGEST, MAP, sole_writer

@@ -28,18 +28,8 @@ from numpy.typing import NDArray
 import roadfuse_core.grid
 import roadfuse_core.points
 from roadfuse_core.cluster import Progress, quiet, run_jobs
-from roadfuse_core.cubes._plan import (
-    IngestPlan,
-    LedgerEntry,
-    cubes_path,
-    cut_parts,
-    kept_nothing,
-    leave_out,
-    ledger,
-    most_rows_per_slice,
-    plan_ingest,
-    read_settings,
-)
+from roadfuse_core.cubes._ledger import LedgerEntry, cubes_path, kept_nothing, ledger, read_settings
+from roadfuse_core.cubes._plan import IngestPlan, cut_parts, leave_out, most_rows_per_slice, plan_ingest
 from roadfuse_core.cubes._reduce import BlockJob, Shard, add_block, owned_blocks
 from roadfuse_core.cubes._repository import (
     MAIN,

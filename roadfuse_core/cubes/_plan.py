@@ -1,4 +1,4 @@
-"""What an ingest would do: which files are new, how they are cut, what it needs and what it will make."""
+"""What an ingest would do: which files are new, how they are cut, and what it needs."""
 
 from __future__ import annotations
 
@@ -9,77 +9,53 @@ import json
 import logging
 import secrets
 import tempfile
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import zarr
 from distributed.system import MEMORY_LIMIT
 
 from roadfuse_core.cluster import count_workers
+from roadfuse_core.cubes._ledger import LedgerEntry, kept_nothing, ledger, read_settings, require_same_cube
 from roadfuse_core.cubes._reduce import TILE_ROWS
-from roadfuse_core.cubes._repository import FORMAT, MAIN, grid_attributes, open_repository, read_group
 from roadfuse_core.cubes._skipped import SkippedFile, sift, split_off_young
-from roadfuse_core.errors import ConfigError, DataError, NothingPublishedError, StoreError
-from roadfuse_core.grid import fit_projection
+from roadfuse_core.errors import ConfigError, DataError
 from roadfuse_core.points import (
     DUCKDB_BYTES,
-    Collector,
     Part,
     SourceFile,
-    arrays_of,
     check_columns,
     columns_of,
     find_sources,
     identify,
-    judge_rows,
     matches,
     materialise,
     needs_vehicles,
     points_of,
-    read_rows,
-    shift_datum,
     time_span,
 )
-from roadfuse_core.settings import City, PointsSpec
+from roadfuse_core.settings import City
 
 __all__ = [
-    "Forecast",
     "IngestPlan",
-    "LedgerEntry",
-    "Snapshot",
-    "cubes_path",
     "cut_parts",
     "files_between",
     "find_new",
-    "forecast",
-    "kept_nothing",
     "leave_out",
-    "ledger",
     "most_rows_per_slice",
-    "other_settings",
     "plan_ingest",
-    "read_settings",
-    "require_same_cube",
     "rows_per_slice",
-    "snapshots",
-    "stored_cube",
 ]
 
 log = logging.getLogger(__name__)
-LedgerEntry = dict[str, Any]
 ROWS_PER_SLICE = 4_000_000  # more would let memory grow with the points
 # Jobs for each worker, so that none waits long for the last; fewer rows than the least are not worth a job.
 JOBS_PER_WORKER = 4
 LEAST_ROWS_PER_SLICE = 250_000
 # Resident bytes of a worker before it does anything, with all libraries loaded; measured, with room.
 BASE_BYTES = 450_000_000
-SAMPLED_FILES = 16
-SAMPLED_ROWS = 50_000
 GIB = 1 << 30
 
 
@@ -122,57 +98,6 @@ class IngestPlan:
         return [
             SourceFile(f["path"], f["member"], f["size"], f["version"], self.addresses.get(f["label"], "")) for f in self.files
         ]
-
-
-def cubes_path(city: City) -> Path:
-    """Where the city's cube repository lies."""
-    return city.workspace_path / "cubes"
-
-
-def stored_cube(city: City) -> zarr.Group | None:
-    """The root group of the city's cube, read-only; None before the first ingest.
-
-    Raises:
-        StoreError: The cube cannot be read.
-    """
-    try:
-        return read_group(open_repository(cubes_path(city)))
-    except NothingPublishedError:
-        return None
-
-
-def ledger(city: City) -> dict[str, LedgerEntry]:
-    """Every dump in the cube by name, oldest first; empty before the first ingest.
-
-    Raises:
-        StoreError: The cube cannot be read; that is never taken for an empty ledger.
-    """
-    root = stored_cube(city)
-    if root is None:
-        return {}
-    if root.attrs.get("format") != FORMAT:
-        raise StoreError(f"{cubes_path(city)}: was made by an earlier version; ingest anew in another workspace")
-    return dict(sorted(root["ledger"].attrs["dumps"].items(), key=lambda item: item[1]["committed"]))
-
-
-def require_same_cube(city: City) -> None:
-    """Refuse a city file that does not fit the cube in its workspace.
-
-    Raises:
-        ConfigError: The cube has another grid or period, or sums of other columns.
-        StoreError: The cube cannot be read.
-    """
-    cube, spec = stored_cube(city), points_of(city)
-    if cube is None:
-        return
-    for key, value, stored in (
-        ("grid", grid_attributes(city.make_grid())["grid"], cube.attrs["grid"]),
-        ("points.period", spec.period, cube.attrs["period"]),
-        ("points.columns", list(arrays_of(spec)), cube.attrs["arrays"]),
-    ):
-        if value != stored:
-            problem, fix = f"differs from the existing cube's {stored}", "use another workspace or the old setting"
-            raise ConfigError(key, value, problem, fix)
 
 
 def plan_ingest(city: City, patterns: Sequence[str | SourceFile] | None = None, replace: str | None = None) -> IngestPlan:
@@ -267,44 +192,6 @@ def _dump_name(city: City, files: Sequence[dict[str, Any]]) -> str:
     """From what is read and how, so that a dump that was read with wrong settings can be read again with right ones."""
     parts = [read_settings(points_of(city)), *(f["hash"] for f in files)]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=6).hexdigest()
-
-
-def read_settings(spec: PointsSpec) -> dict[str, Any]:
-    """What decides which sums a file's rows become, besides grid and period, which a cube has once and for all."""
-    settings = spec.model_dump(mode="json", exclude={"sources", "period", "settle_s"})
-    settings["clean"].pop("stop_above")
-    return settings
-
-
-def kept_nothing(entry: LedgerEntry) -> bool:
-    """Whether a dump of an earlier version has rows and none of them in the cube; its files count as new."""
-    return bool(entry["rows"] and not entry["kept"])
-
-
-def other_settings(city: City) -> list[str]:
-    """A line for each dump that was read with other settings than the city file has now.
-
-    Dumps of versions that did not write their settings down are passed over.
-    """
-    now = _flat(read_settings(points_of(city)))
-    lines = []
-    for name, entry in ledger(city).items():
-        then = _flat(entry["settings"]) if "settings" in entry else now
-        differ = [key for key in now if key in then and then[key] != now[key]]
-        if differ:
-            told = ", ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in differ)
-            fix = f"`roadfuse ingest CITY.yaml --replace {name}` reads its files again"
-            lines.append(f"dump {name} was read with other settings ({told}); {fix}")
-    return lines
-
-
-def _flat(settings: dict[str, Any], within: str = "points") -> dict[str, Any]:
-    """Values by dotted key."""
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        place = f"{within}.{key}"
-        out |= _flat(value, place) if isinstance(value, dict) else {place: value}
-    return out
 
 
 def find_new(city: City) -> tuple[list[SourceFile], list[SourceFile]]:
@@ -445,79 +332,3 @@ def cut_parts(plan: IngestPlan, folder: Path) -> list[Part]:
         if together:
             parts.append(Part(tuple(together), expected=held if parquet else None))
     return parts
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What an ingest will make, from a sample of its rows.
-
-    Attributes:
-        sampled: Rows looked at.
-        kept: Share of them that fall on the grid and pass the row-local rules.
-        tiles: Tiles that hold any of them; more rows may touch more.
-        periods: Periods between the earliest and the latest of them.
-        points_per_chunk: Kept rows of the whole dump by tile and period.
-        chunks: Chunks to be written: periods and total, every array.
-        seconds: Expected time, from the speed of this city's latest ingest, or else of the sample.
-    """
-
-    sampled: int
-    kept: float
-    tiles: int
-    periods: int
-    points_per_chunk: float
-    chunks: int
-    seconds: float
-
-
-def forecast(city: City, plan: IngestPlan) -> Forecast:
-    """Look at the first rows of some of a plan's files; writes nothing.
-
-    Raises:
-        DataError: A file cannot be read.
-    """
-    spec, grid = points_of(city), city.make_grid()
-    chosen = [plan.sources[k] for k in sorted(set(np.linspace(0, len(plan.files) - 1, SAMPLED_FILES).astype(int).tolist()))]
-    collector = Collector(spec, grid, SAMPLED_ROWS * len(chosen))
-    projection, began, sampled = fit_projection(grid, spec.crs), time.perf_counter(), 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for path in materialise(chosen, Path(scratch) / "unpacked"):
-            rows = shift_datum(read_rows(spec, Part((path,)), Path(scratch) / "spill", SAMPLED_ROWS), spec.datum)
-            sampled += len(rows.x)
-            placed = judge_rows(rows, spec.clean, grid, projection)
-            collector.add(rows, placed, np.full(len(rows.x), np.nan))
-    kept, runs = collector.held, collector.samples().runs
-    seconds = plan.rows * (time.perf_counter() - began) / max(1, sampled) / count_workers(city.cluster)
-    latest = next(reversed(ledger(city).values()), None)
-    if latest:
-        seconds = plan.rows * latest["seconds"] / max(1, latest["rows"])
-    tiles = len(np.unique(runs[:, 0]))
-    periods = int(np.ptp(runs[:, 1])) + 1 if kept else 0
-    share = kept / max(1, sampled)
-    return Forecast(sampled, share, tiles, periods, plan.rows * share / max(1, tiles * periods),
-                    tiles * (periods + 1) * len(arrays_of(spec)), seconds)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A published state of the cube.
-
-    Attributes:
-        id: Its name, as `changed_tiles` takes it.
-        made: When, UTC.
-        message: What it brought.
-    """
-
-    id: str
-    made: datetime
-    message: str
-
-
-def snapshots(city: City, limit: int = 10) -> list[Snapshot]:
-    """The newest states of the cube, newest first; none before the first ingest."""
-    try:
-        history = open_repository(cubes_path(city)).ancestry(branch=MAIN)
-    except NothingPublishedError:
-        return []
-    told = (Snapshot(s.id, s.written_at, s.message) for s in history if s.message.startswith("dump "))
-    return list(itertools.islice(told, limit))
