@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 
-__all__ = ["CityFile", "console", "prepare_prefect", "set_prefect_defaults", "without_login"]
+__all__ = ["AsJson", "CityFile", "console", "prepare_prefect", "print_json", "set_prefect_defaults", "without_login"]
 
 # Names of files, labels and maps are printed as they are: "[1]" is no markup, ":car:" is no picture.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -18,6 +20,7 @@ if not console.is_terminal:
     console.width = 200
 OWN_SERVER = "starting Prefect's own server, about 15 seconds; nothing stays behind"
 CityFile = Annotated[Path, typer.Argument(metavar="CITY.yaml", help="The city file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def set_prefect_defaults() -> None:
@@ -46,3 +49,8 @@ def prepare_prefect() -> None:
     address = os.environ.get("PREFECT_API_URL")
     where = f"running on the Prefect server at {without_login(address)}" if address else OWN_SERVER
     Console(stderr=True, highlight=False, markup=False, emoji=False).print(where, style="dim")
+
+
+def print_json(value: Any) -> None:
+    """A value on the standard output, for scripts."""
+    sys.stdout.write(json.dumps(value, default=str, indent=1) + "\n")

@@ -170,6 +170,7 @@ def test_weeks_that_rolled_over_are_suspected_aloud(tmp_path):
     done = CliRunner().invoke(app, ["status", str(tmp_path / "city.yaml")])
     assert done.exit_code == 0
     assert "13 of 53 times lie more than 1,024 weeks ago" in done.output.replace("\n", " ")
+    assert "[yellow]" not in done.output, "the style is no part of the text"
 
 
 def test_times_of_these_years_are_not_suspected(tmp_path):
