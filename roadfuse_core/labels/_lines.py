@@ -62,6 +62,7 @@ def read_lines(path: Path, spec: MapSpec, key: str) -> gpd.GeoDataFrame:
         table = table.explode(ignore_index=True) if (table.geom_type == "GeometryCollection").any() else table
     except RoadFuseError:
         raise
+    # GDAL's and zipfile's errors are RuntimeErrors, ValueErrors or KeyErrors; nothing is swallowed: each names the file.
     except (RuntimeError, OSError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, pa.ArrowException,
             shapely.errors.ShapelyError) as error:  # fmt: skip
         raise DataError(_unreadable(path, key, error)) from error
